@@ -8,11 +8,13 @@ __all__ = ['PRESETS', 'ACCELERATORS', 'PACKAGES', 'SCHEMA_VERSION', 'Positive', 
            'TrainingError', 'RunError', 'unknown', 'project_root', 'project_path', 'portable_path', 'runs_dir',
            'cache_dir', 'data_root', 'write_atomic', 'to_json', 'write_json', 'sha256_file', 'sha256_text',
            'seed_everything', 'cpu_info', 'ram_bytes', 'package_versions', 'os_name', 'Strict', 'Environment',
-           'environment', 'git_facts', 'Speed', 'Energy', 'Row', 'within_limit', 'Criteria', 'RunInfo', 'DataInfo',
-           'Record', 'first_problem', 'rebuild_command', 'slurm_job_id', 'NotebookRun', 'start_run']
+           'environment', 'git_facts', 'Speed', 'Energy', 'Row', 'first_problem', 'within_limit', 'Criteria', 'RunInfo',
+           'DataInfo', 'Record', 'rebuild_command', 'slurm_job_id', 'NotebookRun', 'start_run', 'Ability',
+           'requirements', 'can_import_packages', 'can_run_notebooks', 'can_cuda', 'can_bitsandbytes', 'can_compile',
+           'can_draw', 'can_slurm', 'can_read_corpora', 'can_measure_energy', 'doctor', 'doctor_text']
 
-# %% ../nbs/00_core.ipynb #211eea57
-import difflib, hashlib, importlib.metadata, importlib.util, json, math, os, platform, random, re, secrets, shlex, shutil, subprocess, sys, sysconfig, time
+# %% ../nbs/00_core.ipynb #8b409df6
+import difflib, hashlib, importlib.metadata, importlib.util, json, logging, math, os, platform, random, re, secrets, shlex, shutil, subprocess, sys, sysconfig, time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -341,6 +343,16 @@ class Row(Strict):
         if self.seed_bits_per_byte and len(self.seed_bits_per_byte) != len(self.seeds or []): raise ValueError(f"row '{self.name}': seed_bits_per_byte needs one value for each of seeds")
         return self
 
+# %% ../nbs/00_core.ipynb #8b1f4ea3
+def first_problem(
+    error:ValidationError, # from pydantic
+)->str:
+    "A validation error's first problem in one line, with how many more there are."
+    problem, more = error.errors(include_url=False)[0], error.error_count() - 1
+    place = ".".join(map(str, problem["loc"]))
+    line = problem["msg"].removeprefix("Value error, ")
+    return (f"{place}: {line}" if place else line) + (f" (and {more} more)" if more else "")
+
 # %% ../nbs/00_core.ipynb #68078e2a
 INTERVAL_MARGIN = 0.2 # points by which an interval's upper end may pass a limit in percent
 Outcome = Literal["SUCCESS", "PARTIAL", "FAILURE"]
@@ -397,7 +409,7 @@ class DataInfo(Strict):
     duplicates_removed: Annotated[int, Field(ge=0)]|None = None # documents taken out of train because another split has them
     floor_bits_per_byte: Positive|None = None # entropy rate of a corpus whose source is known
 
-# %% ../nbs/00_core.ipynb #c1b5f373
+# %% ../nbs/00_core.ipynb #db89b852
 class Record(Strict):
     "`metrics.json`: everything that one executed notebook states, and nothing that it did not measure."
     schema_version: Literal[SCHEMA_VERSION] = SCHEMA_VERSION
@@ -434,7 +446,8 @@ class Record(Strict):
     )->Path:
         "Write the record atomically."
         path = Path(path)
-        return write_json(path/"metrics.json" if path.is_dir() else path, self.model_dump(mode="json"))
+        checked = type(self).model_validate(self.model_dump()) # lists may have been changed since the record was made
+        return write_json(path/"metrics.json" if path.is_dir() else path, checked.model_dump(mode="json"))
 
     @classmethod
     def read(cls,
@@ -452,14 +465,6 @@ class Record(Strict):
         except ValidationError as e: raise RunError(f"{portable_path(path)} is not a record: {first_problem(e)}") from None
 
 def _no_constant(word): raise ValueError(f"{word} is not a JSON number")
-
-def first_problem(
-    error:ValidationError, # from pydantic
-)->str:
-    "A validation error's first problem in one line, with how many more there are."
-    problem, more = error.errors()[0], error.error_count() - 1
-    place = ".".join(map(str, problem["loc"])) or "the whole"
-    return f"{place}: {problem['msg']}" + (f" (and {more} more)" if more else "")
 
 # %% ../nbs/00_core.ipynb #5d00a0b9
 def rebuild_command(
@@ -530,3 +535,118 @@ def start_run(
     run = NotebookRun(notebook, preset, seed, folder, {"preset": preset, "seed": seed, **(parameters or {})})
     print(f"{notebook} in effect: " + ", ".join(f"{k}={v!r}" for k, v in run.parameters.items()))
     return run
+
+# %% ../nbs/00_core.ipynb #03a8e2e6
+class Ability(Strict):
+    "One thing the project can do where certain conditions hold."
+    name: str
+    ok: bool
+    detail: str # what was found or, where the answer is no, what to do
+
+def requirements()->list[str]: # as pip writes them; extras left out
+    "What the project requires: from the installed distribution, else from pyproject.toml."
+    import tomllib
+    try: lines = importlib.metadata.requires("itera-lite") or []
+    except importlib.metadata.PackageNotFoundError:
+        page = project_root()/"pyproject.toml"
+        lines = tomllib.loads(page.read_text(encoding="utf-8"))["project"]["dependencies"] if page.exists() else []
+    return [line for line in lines if "extra ==" not in line]
+
+def can_import_packages()->Ability:
+    "Whether every required package is installed in a version that is allowed."
+    from packaging.requirements import Requirement
+    wanted = [Requirement(line) for line in requirements()]
+    have = package_versions([r.name for r in wanted])
+    wrong = [f"{r} (found {have.get(r.name, 'none')})" for r in wanted if r.name not in have or not r.specifier.contains(have[r.name], prereleases=True)]
+    if not wanted: return Ability(name="packages", ok=False, detail="the project's requirements were not found; run in its folder or install it")
+    return Ability(name="packages", ok=not wrong, detail="install " + ", ".join(wrong) if wrong else f"all {len(wanted)} required ones")
+
+# %% ../nbs/00_core.ipynb #5cef2bc0
+def can_run_notebooks()->Ability:
+    "Whether the kernel `python3` exists and is this Python."
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    try: python = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel: return Ability(name="notebooks", ok=False, detail="no kernel 'python3': install ipykernel")
+    same = python in ("python", "python3") or os.path.realpath(python) == os.path.realpath(sys.executable)
+    return Ability(name="notebooks", ok=same, detail="kernel python3 is this Python" if same else "kernel python3 belongs to another Python: python -m ipykernel install --sys-prefix")
+
+def can_cuda()->Ability:
+    "Whether torch reaches a CUDA GPU."
+    import torch
+    if torch.cuda.is_available(): detail = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    else: detail = "torch is built without CUDA: install a CUDA build" if torch.version.cuda is None else "torch has CUDA, but no GPU or driver answers"
+    return Ability(name="CUDA", ok=torch.cuda.is_available(), detail=detail)
+
+def can_bitsandbytes(
+    device:str, # "cpu" or "cuda"
+)->Ability:
+    "Whether bitsandbytes packs a small matrix to NF4 on a device and unpacks it again."
+    name = f"bitsandbytes on {device}"
+    try:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # it announces each optional kernel that it misses
+        import torch, bitsandbytes.functional as bnb
+        packed, state = bnb.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        ok = bool(torch.allclose(bnb.dequantize_4bit(packed, state), torch.ones(64, 64, device=device)))
+        return Ability(name=name, ok=ok, detail="NF4 packs and unpacks" if ok else "NF4 gives wrong numbers")
+    except Exception as e: return Ability(name=name, ok=False, detail=f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}")
+
+# %% ../nbs/00_core.ipynb #a9eba7e2
+def can_compile()->Ability:
+    "Whether torch.compile finds what it needs to build CPU code: a C++ compiler and Python's headers."
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    headers = (Path(sysconfig.get_path("include"))/"Python.h").exists()
+    if compiler and headers: return Ability(name="torch.compile", ok=True, detail=compiler)
+    return Ability(name="torch.compile", ok=False, detail="install g++" if not compiler else "install Python's headers (python3-dev)")
+
+def can_draw()->Ability:
+    "Whether figures can be stored as static pictures in executed notebooks."
+    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
+    kaleido = importlib.util.find_spec("kaleido") is not None
+    missing = [name for name, have in (("kaleido (pip install 'itera-lite[figures]')", kaleido), ("chromium", browser)) if not have]
+    return Ability(name="static figures", ok=not missing, detail="install " + " and ".join(missing) if missing else f"kaleido with {browser}")
+
+def can_slurm()->Ability:
+    "Whether jobs can be submitted to Slurm."
+    found = shutil.which("sbatch") is not None
+    return Ability(name="Slurm", ok=found, detail="sbatch is on PATH" if found else "no sbatch on PATH: run locally, or log in to the cluster")
+
+def can_read_corpora()->Ability:
+    "Whether local text was named, and which corpora are in it."
+    folder = data_root()
+    if folder is None: return Ability(name="local corpora", ok=False, detail="set ITERA_LITE_DATA to a folder with tinystories/ or wikitext-2/ (the embedded stories need nothing)")
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return Ability(name="local corpora", ok=bool(found), detail=", ".join(found) or "ITERA_LITE_DATA names no folder with corpora in it")
+
+def can_measure_energy()->Ability:
+    "Whether the processor's energy counters (RAPL) can be read."
+    found = any(os.access(p, os.R_OK) for p in Path("/sys/class/powercap").glob("intel-rapl*/energy_uj"))
+    return Ability(name="energy counters", ok=found, detail="RAPL" if found else "not readable here: energy is modelled, and said to be")
+
+# %% ../nbs/00_core.ipynb #8af2246c
+def doctor()->dict: # environment, hardware, abilities, presets: ready for JSON
+    "What this machine is, and what of the project can and cannot run on it."
+    import torch
+    root = project_root()
+    disk = shutil.disk_usage(root)
+    hardware = {"cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(), "memory_available_bytes": psutil.virtual_memory().available,
+                "disk_free_bytes": disk.free, "disk_total_bytes": disk.total}
+    abilities = [can_import_packages(), can_run_notebooks(), can_read_corpora(), can_compile(), can_draw(),
+                 can_bitsandbytes("cpu"), can_cuda(), can_bitsandbytes("cuda"), can_slurm(), can_measure_energy()]
+    ok = {a.name: a.ok for a in abilities}
+    runs = ok["packages"] and ok["notebooks"] and (root/"nbs").is_dir()
+    presets = {"smoke": runs, "laptop": runs and ok["local corpora"], "gpu": runs and ok["CUDA"], "cluster": runs and ok["Slurm"]}
+    return {"environment": environment().model_dump(), "hardware": hardware, "abilities": [a.model_dump() for a in abilities], "presets": presets}
+
+def doctor_text(
+    found:dict, # from `doctor`
+)->str:
+    "The doctor's findings as a page of text."
+    env, hw, gib = found["environment"], found["hardware"], 2**30
+    lines = [f"{env['os']}, Python {env['python']}",
+             f"{env['cpu']}, {hw['cpu_cores']} cores, torch uses {env['threads']} threads and {hw['torch_cpu_capability']}",
+             f"instruction sets: {', '.join(env['accelerators']) or 'none of those that matter here'}",
+             f"memory {env['ram_bytes'] / gib:.1f} GiB, available {hw['memory_available_bytes'] / gib:.1f}; disk free {hw['disk_free_bytes'] / gib:.1f} of {hw['disk_total_bytes'] / gib:.1f} GiB",
+             f"GPU: {env['gpu'] or 'none'}", "packages: " + ", ".join(f"{k} {v}" for k, v in env["packages"].items()), ""]
+    lines += [f"{'yes' if a['ok'] else 'no ':3}  {a['name']:22} {a['detail']}" for a in found["abilities"]]
+    return "\n".join(lines + ["", "presets that can run here: " + (", ".join(p for p, can in found["presets"].items() if can) or "none")])
