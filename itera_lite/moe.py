@@ -22,11 +22,11 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.w2(F.gelu(self.w1(x)))
 
-# %% ../nbs/02b_moe.ipynb #fc9df98b
+# %% ../nbs/02b_moe.ipynb #f243102d
 class FFN(Expert):
     "The dense layer: LayerNorm, one expert's feed-forward network, residual."
-    def __init__(self, c):  # c: an IteraLiteConfig
-        super().__init__(c.hidden_size, c.expert_size)
+    def __init__(self, c, width: int):  # c: the configuration of either model
+        super().__init__(c.hidden_size, width)
         self.norm, self.dropout = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps), nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor) -> Tensor: return x + self.dropout(super().forward(self.norm(x)))

@@ -67,13 +67,13 @@ def decay_scan(
     h = h + carried * before[:, :, None]
     return h.reshape(batch, -1, n)[:, :length]
 
-# %% ../nbs/02a_ssm.ipynb #05c4bce6
+# %% ../nbs/02a_ssm.ipynb #1d95b196
 def s4_scan(
     x: Tensor,      # (B,L,I)
     dt: Tensor,     # (B,L)
     A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,  # as in `s4_reference`
     state: Tensor | None = None,  # (B,N)
-    chunk: int = 16,              # positions handled at once; 16 was the fastest of 8 … 64 on two cores
+    chunk: int = 16,              # positions handled at once
 ) -> tuple[Tensor, Tensor]:       # y (B,L,I), last state (B,N)
     "The s4 recurrence as a chunked parallel scan; equal to `s4_reference` within rounding."
     if state is None: state = x.new_zeros(x.shape[0], A_log.shape[0])
