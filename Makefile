@@ -4,6 +4,7 @@
 PRESET ?= smoke
 DATA   ?=
 ARGS   ?=
+README := README.md
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -65,8 +66,10 @@ export: $(READY)  ## write the library from the notebooks
 clean-notebooks: $(READY)  ## take outputs and stray metadata out of nbs/
 	@$(BIN)/nbdev_clean
 
+# The notebook is executed, so that its table comes from the records of this moment; its code cells tagged hide_input are left out.
 readme: $(READY)  ## write README.md from nbs/index.ipynb
-	@$(BIN)/python tests/readme.py README.md
+	@$(BIN)/python -m nbconvert --log-level=ERROR --to=markdown --execute --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags=hide_input --output='$(abspath $(README))' nbs/index.ipynb
 
 bench: $(READY)  ## measure against the peers: tokens per second, same shapes, one process
 	@$(BIN)/python -m itera_lite.cli bench $(ARGS)
