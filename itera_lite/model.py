@@ -109,7 +109,7 @@ def named_config(
     if name not in NAMED_CONFIGS: raise unknown("model", name, NAMED_CONFIGS)
     return config_from_dict({**NAMED_CONFIGS[name], **overrides})
 
-# %% ../nbs/02c_model.ipynb #06e54571
+# %% ../nbs/02c_model.ipynb #660a0f63
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
@@ -117,14 +117,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = 1.0 / counted.to(hidden.dtype)
         grad_hidden, grad_weight, total = [], torch.zeros_like(weight), hidden.new_zeros(())
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            keep = t >= 0
-            logp = F.log_softmax(h @ weight.T, -1)                              # (c,V)
+            keep = (t >= 0).to(h.dtype)[:, None]
             t = t.clamp(min=0)[:, None]
-            total = total - (logp.gather(1, t)[:, 0] * keep).sum()
-            p = logp.exp().scatter_add(1, t, -torch.ones_like(t, dtype=h.dtype))  # softmax - one-hot
-            p = p * (keep * scale)[:, None]
-            grad_hidden.append(p @ weight)
-            grad_weight = torch.addmm(grad_weight, p.T, h)
+            p = F.log_softmax(h @ weight.T, -1)                    # (c,V), in place from here on
+            total = total - (p.gather(1, t) * keep).sum()
+            p.exp_().scatter_add_(1, t, -torch.ones_like(keep))    # softmax - one-hot
+            grad_hidden.append(p @ weight * (keep * scale))
+            grad_weight.addmm_(p.T, h * (keep * scale))
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         return total * scale
 
