@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PRECISIONS', 'ALIASES', 'GROUPS', 'SCALE_DTYPE', 'CALIBRATIONS', 'HEAD', 'SAME', 'Format', 'get_format',
-           'packed_bytes', 'affordable', 'clip_max', 'clip_percentile', 'clip_mse', 'to_scale', 'to_codes', 'Packed',
-           'encode', 'decode', 'sqnr', 'stem', 'PrecisionMap', 'read_map', 'tensor_shapes', 'tied_names', 'Coverage',
-           'coverage', 'resolve', 'tensor_group', 'likely_pattern', 'unmatched_groups', 'require_coverage',
-           'coverage_table', 'PackedModule', 'pack_parameter', 'pack_tensor', 'compress_model', 'unpack_model',
-           'tensor_precisions', 'storage_bytes']
+           'scale_shape', 'packed_bytes', 'affordable', 'clip_max', 'clip_percentile', 'clip_mse', 'to_scale',
+           'to_codes', 'Packed', 'encode', 'decode', 'sqnr', 'stem', 'PrecisionMap', 'read_map', 'tensor_shapes',
+           'tied_names', 'Coverage', 'coverage', 'resolve', 'tensor_group', 'likely_pattern', 'unmatched_groups',
+           'require_coverage', 'coverage_table', 'compact_map', 'PackedModule', 'pack_parameter', 'pack_tensor',
+           'compress_model', 'unpack_model', 'tensor_precisions', 'storage_bytes']
 
 # %% ../nbs/02d_formats.ipynb #ce471673
 import copy, difflib, math, re
@@ -58,15 +58,21 @@ GROUPS = {
 }
 SCALE_DTYPE = torch.float16
 
-# %% ../nbs/02d_formats.ipynb #00c95ec5
+# %% ../nbs/02d_formats.ipynb #2a02011b
+def scale_shape(
+    shape, # of the tensor
+    precision:str|None, # one of `PRECISIONS`
+)->tuple|None: # None: numbers are stored as they are
+    "Shape of a tensor's scales: one for each row, or a single one."
+    return {None: None, "tensor": (), "row": tuple(shape[:1])}[get_format(precision).per]
+
 def packed_bytes(
     shape, # of the tensor
-    precision:str, # one of `PRECISIONS`
+    precision:str|None, # one of `PRECISIONS`
 )->int: # codes and scales
     "Exact size of a tensor stored in a precision."
-    f, weights = get_format(precision), math.prod(shape)
-    groups = {None: 0, "tensor": 1, "row": shape[0] if len(shape) else 1}[f.per]
-    return math.ceil(weights*f.bits/8) + groups*SCALE_DTYPE.itemsize
+    scales = scale_shape(shape, precision)
+    return math.ceil(math.prod(shape)*get_format(precision).bits/8) + (0 if scales is None else math.prod(scales)*SCALE_DTYPE.itemsize)
 
 def affordable(
     shape, # of the tensor
@@ -137,7 +143,7 @@ class Packed:
     @property
     def nbytes(self)->int: return sum(t.nbytes for t in (self.codes, self.scale) if t is not None)
 
-# %% ../nbs/02d_formats.ipynb #d6480398
+# %% ../nbs/02d_formats.ipynb #52db1061
 def encode(
     tensor:Tensor, # any shape
     precision:str, # one of `PRECISIONS`
@@ -159,7 +165,7 @@ def encode(
         groups = GROUPS[f.per](w)
         scale = to_scale(CALIBRATIONS[calibration](groups.abs(), f.levels, percentile), f.levels)
         codes = to_codes(groups, scale, f.levels).to(f.dtype).reshape(w.shape)
-        scale = scale.to(SCALE_DTYPE).reshape(() if f.per == "tensor" else -1)
+        scale = scale.to(SCALE_DTYPE).reshape(scale_shape(w.shape, f.name))
     if not (codes if scale is None else scale).isfinite().all():
         raise ConfigError(f"{name} holds |w| up to {w.abs().max():.3g}, beyond what {f.name} can store; use fp32 or bf16 for it")
     return Packed(f.name, codes, scale)
@@ -368,6 +374,23 @@ def coverage_table(
 
 Coverage._repr_markdown_ = coverage_table
 Coverage.__str__ = coverage_table
+
+# %% ../nbs/02d_formats.ipynb #182e4685
+def compact_map(
+    precisions:dict, # tensor name → precision
+)->PrecisionMap:
+    "An ordered map that gives exactly these precisions to exactly these names."
+    def uniform(key): # pattern → precision, where all tensors of one pattern agree
+        found = {}
+        for name, precision in precisions.items(): found.setdefault(key(name), set()).add(precision)
+        return {pattern: p.copy().pop() for pattern, p in found.items() if len(p) == 1}
+    by_module, by_tensor = uniform(tensor_group), uniform(lambda n: tensor_group(n + ".weight")) # the added suffix keeps the real one
+    pattern = {n: next((p for p in (tensor_group(n), tensor_group(n + ".weight")) if p in (by_module | by_tensor)), n) for n in precisions}
+    chosen = {pattern[n]: p for n, p in precisions.items()}
+    rest = Counter(chosen.values()).most_common(1)[0][0] # what most patterns say becomes the rule for everything
+    rules = PrecisionMap({p: precision for p, precision in chosen.items() if precision != rest} | {"*": rest})
+    strays = {n: p for n, p in precisions.items() if rules[rules.match(n)] != p} # a star that crossed a dot too many
+    return PrecisionMap(strays | rules)
 
 # %% ../nbs/02d_formats.ipynb #88efa619
 class PackedModule:
