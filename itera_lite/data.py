@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['HER_NAMES', 'HIS_NAMES', 'LEXICON', 'EVENTS', 'EOS', 'SOURCES', 'CORPORA', 'SPLIT_FILES', 'CUT_FRACTION', 'MOST_CUT',
            'STORIES_TRAIN', 'STORIES_TEST', 'UNK', 'TOKENIZERS', 'Pool', 'Teller', 'Reader', 'Character', 'Thing',
-           'World', 'article', 'Event', 'event', 'found', 'bought', 'gave', 'hid', 'lost', 'went_back', 'swapped',
-           'painted', 'showed', 'whereabouts', 'asked', 'counted', 'met', 'was', 'ate', 'said', 'went_home', 'just',
-           'tell_sentence', 'tell_story', 'tell_stories', 'story_bits', 'entropy_rate', 'read_text', 'split_stories',
-           'split_articles', 'split_any', 'Source', 'document_key', 'cut_by_hash', 'without', 'Corpus',
-           'documents_sha256', 'make_corpus', 'load_corpus', 'train_tokenizer', 'unknown_share', 'TokenStream',
-           'encode_documents', 'Batches', 'data_info']
+           'World', 'article', 'Event', 'event', 'whereabouts', 'tell_sentence', 'tell_story', 'tell_stories',
+           'story_bits', 'entropy_rate', 'stories_floor', 'read_text', 'split_stories', 'split_articles', 'split_any',
+           'Source', 'document_key', 'cut_by_hash', 'without', 'Corpus', 'documents_sha256', 'make_corpus',
+           'load_corpus', 'train_tokenizer', 'unknown_share', 'TokenStream', 'encode_documents', 'Batches', 'data_info']
 
-# %% ../nbs/01_data.ipynb #776527da
-import bisect, functools, hashlib, itertools, json, math, random, re
+# %% ../nbs/01_data.ipynb #0fbc1e16
+import bisect, functools, hashlib, itertools, math, random, re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .core import ConfigError, DataError, DataInfo, data_root, portable_path, project_path, sha256_text, unknown
+from .core import ConfigError, DataError, DataInfo, cache_dir, data_root, portable_path, project_path, sha256_text, unknown
 
 # %% ../nbs/01_data.ipynb #21df9842
 class Pool:
@@ -209,14 +208,14 @@ LEXICON = {name: Pool.zipf(words) for name, words in dict(
 ).items()}
 LEXICON["name"] = Pool([(name, names is HER_NAMES) for names in (HER_NAMES, HIS_NAMES) for name in names.split()])
 
-# %% ../nbs/01_data.ipynb #24675fd1
+# %% ../nbs/01_data.ipynb #4a236840
 @dataclass(frozen=True)
 class Event:
     "Something a character can do, in one sentence."
     verb: str # first words, by which it is recognised
     weight: float
-    possible: object # function (world, who) → whether it can happen now
-    tell: object # function (teller, world, who): the rest of the sentence
+    possible: Callable # (world, who) → whether it can happen now
+    tell: Callable # (teller, world, who): the rest of the sentence
 
 EVENTS = []
 
@@ -244,73 +243,73 @@ def _which(t, things, form):
     "One thing, the ones mentioned last being likelier."
     return t.pick(Pool(things, range(1, len(things) + 1)), form)
 
-# %% ../nbs/01_data.ipynb #5cf69996
+# %% ../nbs/01_data.ipynb #6d4b8d50
 @event("found ", 4, lambda w, who: not _full(w))
-def found(t, w, who):
+def _found(t, w, who):
     thing = _new_thing(t, w)
     thing.holder = who
     t.pick(w.lexicon["place"], lambda p: f" {p}.")
 
 @event("bought ", 1, lambda w, who: not _full(w))
-def bought(t, w, who):
+def _bought(t, w, who):
     _new_thing(t, w).holder = who
     t.say(" at the fair.")
 
 @event("gave ", 3, lambda w, who: w.held(who))
-def gave(t, w, who):
+def _gave(t, w, who):
     thing = _which(t, w.held(who), lambda x: f"the {x.noun} to ")
     thing.holder = t.pick(Pool(w.others(who)), lambda c: f"{c.name}.")
 
 @event("hid ", 2, lambda w, who: w.held(who))
-def hid(t, w, who):
+def _hid(t, w, who):
     thing = _which(t, w.held(who), lambda x: f"{who.possessive} {x.noun} ")
     thing.holder, thing.place = None, t.pick(w.lexicon["place"], lambda p: f"{p}.")
 
 @event("lost ", 1, lambda w, who: w.held(who))
-def lost(t, w, who):
+def _lost(t, w, who):
     thing = _which(t, w.held(who), lambda x: f"the {x.full} somewhere ")
     thing.holder, thing.place = None, t.pick(w.lexicon["place"], lambda p: f"{p}.")
 
 @event("went back for ", 3, lambda w, who: w.lying())
-def went_back(t, w, who):
+def _went_back(t, w, who):
     thing = _which(t, w.lying(), lambda x: f"the {x.noun}, ")
     t.say(f"which was still {thing.place}.")
     thing.holder, thing.place = who, ""
 
 @event("swapped ", 2, lambda w, who: w.held(who) and any(x.holder not in (None, who) for x in w.things))
-def swapped(t, w, who):
+def _swapped(t, w, who):
     mine = _which(t, w.held(who), lambda x: f"{who.possessive} {x.noun} for ")
     yours = _which(t, [x for x in w.things if x.holder not in (None, who)], lambda x: f"{x.holder.name}'s {x.noun}.")
     mine.holder, yours.holder = yours.holder, who
 
 @event("painted ", 1.5, lambda w, who: w.held(who))
-def painted(t, w, who):
+def _painted(t, w, who):
     thing = _which(t, w.held(who), lambda x: f"the {x.full} ")
     thing.colour = t.pick(w.lexicon["colour"].without([thing.colour]), lambda c: f"{c}.")
 
 @event("showed ", 1.5, lambda w, who: w.held(who))
-def showed(t, w, who):
+def _showed(t, w, who):
     other = t.pick(Pool(w.others(who)), lambda c: f"{c.name} ")
     _which(t, w.held(who), lambda x: f"the {x.full}.")
 
-# %% ../nbs/01_data.ipynb #f2f16a1e
+# %% ../nbs/01_data.ipynb #168eaa46
 def whereabouts(thing, speaker):
     "What `speaker` says when asked where a thing is."
     if thing.holder is speaker: return "I have it"
     return f"{thing.holder.name} has it" if thing.holder else f"It is {thing.place}"
 
 @event("asked ", 3, lambda w, who: w.things)
-def asked(t, w, who):
+def _asked(t, w, who):
     other = t.pick(Pool(w.others(who)), lambda c: f'{c.name}, "Where is the ')
     thing = _which(t, w.things, lambda x: f'{x.noun}?" ')
     t.say(f'"{whereabouts(thing, other)}," said {other.name}.')
     w.subject = other
 
 @event("counted ", 0.7, lambda w, who: len(w.held(who)) > 1)
-def counted(t, w, who):
+def _counted(t, w, who):
     t.say(f"{who.possessive} treasures: {', '.join(x.full for x in w.held(who))}.")
 
-# %% ../nbs/01_data.ipynb #d7caf377
+# %% ../nbs/01_data.ipynb #5878723f
 def _new_character(t, w, after, form=article):
     "Somebody who was not in the story before."
     kind = t.pick(w.lexicon["kind"].without([c.kind for c in w.cast]), lambda k: f"{form(k)} named ")
@@ -319,26 +318,26 @@ def _new_character(t, w, after, form=article):
     return w.cast[-1]
 
 @event("met ", 1.5, lambda w, who: len(w.cast) < 4)
-def met(t, w, who):
+def _met(t, w, who):
     _new_character(t, w, ".")
 
 @event("was ", 2)
-def was(t, w, who): t.pick(w.lexicon["mood"], lambda m: f"{m}.")
+def _was(t, w, who): t.pick(w.lexicon["mood"], lambda m: f"{m}.")
 
 @event("ate ", 1)
-def ate(t, w, who):
+def _ate(t, w, who):
     t.pick(w.lexicon["food"])
     t.pick(Pool(["alone", *w.others(who)], [2] + [1]*len(w.others(who))), lambda c: " alone." if c == "alone" else f" with {c.name}.")
 
 @event("said, ", 1)
-def said(t, w, who): t.pick(w.lexicon["saying"], lambda s: f'"{s}"')
+def _said(t, w, who): t.pick(w.lexicon["saying"], lambda s: f'"{s}"')
 
 @event("went home to ", 0.7)
-def went_home(t, w, who):
+def _went_home(t, w, who):
     t.say(f"{who.possessive} {w.home[5:]}." if who is w.cast[0] else f"{w.cast[0].name}'s {w.home[5:]}.")
 
 @event("just ", 1)
-def just(t, w, who):
+def _just(t, w, who):
     t.pick(w.lexicon["deed"])
     t.pick(w.lexicon["manner"], lambda m: f" {m}.")
 
@@ -440,7 +439,7 @@ def story_bits(
     if r.position != len(text): raise DataError(f"not a text of the corpus stories: it should have ended at character {r.position}")
     return r.bits
 
-# %% ../nbs/01_data.ipynb #b066c563
+# %% ../nbs/01_data.ipynb #11b1f7e4
 def entropy_rate(
     bits, # −log₂ p of each document
     n_bytes, # UTF-8 bytes of each document
@@ -450,6 +449,12 @@ def entropy_rate(
     rate = bits.sum()/n_bytes.sum()
     error = math.sqrt(len(bits)/(len(bits) - 1)*np.square(bits - rate*n_bytes).sum())/n_bytes.sum()
     return rate, (rate - 1.96*error, rate + 1.96*error)
+
+def stories_floor(
+    documents:list[str], # from the corpus `stories`
+)->float: # bits per byte
+    "What the grammar itself needs for these stories, exactly."
+    return sum(map(story_bits, documents))/sum(len(d.encode()) for d in documents)
 
 # %% ../nbs/01_data.ipynb #ae5e6c04
 EOS = "<|endoftext|>" # ends one document and begins the next
@@ -495,12 +500,12 @@ def split_any(
     blocks = text.split(EOS) if EOS in text else re.split(r"\n[ \t]*\n", text)
     return [block.strip("\n") for block in blocks if block.strip()]
 
-# %% ../nbs/01_data.ipynb #5cf69c84
+# %% ../nbs/01_data.ipynb #ecf513bc
 @dataclass(frozen=True)
 class Source:
     "Where a public corpus comes from."
     hub: tuple # arguments of datasets.load_dataset
-    split: object # function text → documents
+    split: Callable # text → documents
     test: str # split of the publisher's that is our test split
     row_end: str # what separates the dataset's rows
 
@@ -529,8 +534,16 @@ def _local(name, folder, limit):
     import datasets # slow to import, so only where it is needed
     try:
         if (folder/"dataset_dict.json").is_file(): return _from_dataset(source, datasets.load_from_disk(str(folder)), limit)
-        if folder.is_dir() and any(folder.rglob("*.parquet")): return _from_dataset(source, datasets.load_dataset(str(folder)), limit)
+        if folder.is_dir() and any(folder.rglob("*.parquet")): return _from_dataset(source, datasets.load_dataset(str(folder), cache_dir=str(cache_dir()/"datasets")), limit)
     except (OSError, ValueError, KeyError) as e: raise DataError(f"corpus '{name}': the dataset in {portable_path(folder)} cannot be used: {_first_line(e)}") from None
+
+def _hub(name, limit):
+    "Train and test documents from the Hugging Face hub."
+    import datasets, huggingface_hub
+    if not huggingface_hub.constants.HF_HUB_OFFLINE: # one quick look, since the hub's client retries for half a minute
+        try: huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        except Exception as e: raise DataError(f"no connection: {e}; HF_HUB_OFFLINE=1 uses an earlier download") from None
+    return _from_dataset(SOURCES[name], datasets.load_dataset(*SOURCES[name].hub), limit)
 
 def _first_line(error): return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
@@ -542,11 +555,10 @@ def _public(name, data_dir, limit):
         found = _local(name, root/name, limit)
         if found: return found, "local folder"
         tried.append(f"{portable_path(root/name)} (no {' or '.join(SPLIT_FILES['train'])} with {' or '.join(SPLIT_FILES[SOURCES[name].test])}, no saved dataset, no parquet)")
-    hub = SOURCES[name].hub
-    try:
-        import datasets
-        return _from_dataset(SOURCES[name], datasets.load_dataset(*hub), limit), f"Hugging Face hub, {'/'.join(hub)}"
-    except Exception as e: tried.append(f"Hugging Face hub, {'/'.join(hub)} ({_first_line(e)})")
+    hub = f"Hugging Face hub, {'/'.join(SOURCES[name].hub)}"
+    try: return _hub(name, limit), hub
+    except DataError as e: tried.append(f"{hub} ({e})")
+    except Exception as e: tried.append(f"{hub} ({_first_line(e)})") # whatever went wrong there is said, and ends here
     raise DataError(f"corpus '{name}' cannot be had; tried: {'; '.join(tried)}. Put its text into a folder {name}/ and name the folder above it in data_dir or ITERA_LITE_DATA")
 
 # %% ../nbs/01_data.ipynb #596a025a
@@ -579,7 +591,7 @@ def without(
     rest = [d for d in documents if document_key(d) not in taken]
     return rest, len(documents) - len(rest)
 
-# %% ../nbs/01_data.ipynb #d4aedd1a
+# %% ../nbs/01_data.ipynb #94e3a900
 @dataclass
 class Corpus:
     "Documents in three splits."
@@ -607,7 +619,6 @@ def documents_sha256(
     for d in documents: h.update((d + EOS).encode())
     return h.hexdigest()
 
-# %% ../nbs/01_data.ipynb #1ccce597
 CUT_FRACTION, MOST_CUT = 0.04, 2000 # share of train that becomes validation, and the most documents it may be
 
 def make_corpus(
@@ -628,7 +639,7 @@ def make_corpus(
     return Corpus(name, source, **splits, sha256={s: documents_sha256(d) for s, d in splits.items()},
                   duplicates_removed=from_train, validation_duplicates_removed=from_validation, **facts)
 
-# %% ../nbs/01_data.ipynb #40940ca6
+# %% ../nbs/01_data.ipynb #851297cd
 STORIES_TRAIN, STORIES_TEST = 3600, 400 # documents
 
 @functools.lru_cache(maxsize=2)
@@ -644,10 +655,9 @@ def _files(path, limit):
     texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not texts: raise DataError(f"no .txt file in {portable_path(path)}: give a text file, or a folder that holds some")
     named = {split: [f for f in texts if path.is_dir() and f.name in names] for split, names in SPLIT_FILES.items()}
-    own = named["test"] or named["validation"] # the publisher's test split, if the files say which it is
-    train = named["train"] if own and named["train"] else texts
+    own = named["train"] and (named["test"] or named["validation"]) # a test split of its own, where file names say so
     def documents(files): return list(itertools.islice((d for f in files for d in split_any(read_text(f))), limit))
-    return make_corpus(path.name, "local files", documents(train), documents(own) if own and named["train"] else None)
+    return make_corpus(path.name, "local files", documents(named["train"] if own else texts), documents(own) if own else None)
 
 def load_corpus(
     name:str, # one of `CORPORA`, or the path of a text file or of a folder of .txt files
@@ -667,7 +677,7 @@ def load_corpus(
     if "/" in name or name.endswith(".txt"): raise DataError(f"no text at {name}: neither below the project's folder nor in data_dir")
     raise unknown("corpus", name, CORPORA, hint="a text file or a folder of .txt files does too", error=DataError)
 
-# %% ../nbs/01_data.ipynb #b6fa7282
+# %% ../nbs/01_data.ipynb #48ed7596
 UNK = "<unk>"
 TOKENIZERS = ("bpe", "word")
 
@@ -686,7 +696,7 @@ def train_tokenizer(
     if kind not in TOKENIZERS: raise unknown("tokenizer", kind, TOKENIZERS)
     least = 257 if kind == "bpe" else 3
     if vocab_size < least: raise ConfigError(f"vocab_size {vocab_size}: tokenizer '{kind}' needs at least {least}")
-    special = [EOS] if kind == "bpe" else [EOS, UNK]
+    special = [EOS] if kind == "bpe" else [EOS, AddedToken(UNK, lstrip=True)] # a written <unk> takes the space before it along, as words do
     t = Tokenizer(models.BPE() if kind == "bpe" else models.WordLevel({EOS: 0, UNK: 1}, unk_token=UNK))
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = (trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False) if kind == "bpe"
@@ -706,7 +716,7 @@ def unknown_share(
     encoded = [e.ids for e in tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)]
     return sum(ids.count(unk) for ids in encoded)/max(1, sum(map(len, encoded)))
 
-# %% ../nbs/01_data.ipynb #e10d2d3a
+# %% ../nbs/01_data.ipynb #696a1272
 @dataclass
 class TokenStream:
     "Documents as one sequence of token ids."
@@ -731,7 +741,8 @@ def encode_documents(
     bad = next((i for i, d in enumerate(documents) if EOS in d), None)
     if bad is not None: raise DataError(f"document {bad} holds {EOS}, which separates documents: split it there")
     if not documents: raise DataError("no documents to encode")
-    pieces = [np.array([0] + e.ids, dtype=np.int64) for e in tokenizer.encode_batch_fast(documents, add_special_tokens=False)]
+    chunks = (documents[i:i + 10_000] for i in range(0, len(documents), 10_000)) # encodings weigh fifty times what their ids do
+    pieces = [np.array([0] + e.ids) for chunk in chunks for e in tokenizer.encode_batch_fast(chunk, add_special_tokens=False)]
     starts = np.cumsum([0] + [len(p) for p in pieces[:-1]])
     return TokenStream(torch.from_numpy(np.concatenate(pieces)), torch.from_numpy(starts), torch.tensor([len(d.encode()) for d in documents]))
 
