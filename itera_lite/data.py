@@ -10,11 +10,10 @@ __all__ = ['HER_NAMES', 'HIS_NAMES', 'LEXICON', 'EVENTS', 'EOS', 'SOURCES', 'COR
            'Source', 'document_key', 'cut_by_hash', 'without', 'Corpus', 'documents_sha256', 'make_corpus',
            'load_corpus', 'train_tokenizer', 'unknown_share', 'TokenStream', 'encode_documents', 'Batches', 'data_info']
 
-# %% ../nbs/01_data.ipynb #0fbc1e16
+# %% ../nbs/01_data.ipynb #d0a6aa52
 import bisect, functools, hashlib, itertools, math, random, re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -243,7 +242,7 @@ def _which(t, things, form):
     "One thing, the ones mentioned last being likelier."
     return t.pick(Pool(things, range(1, len(things) + 1)), form)
 
-# %% ../nbs/01_data.ipynb #6d4b8d50
+# %% ../nbs/01_data.ipynb #a98e46ba
 @event("found ", 4, lambda w, who: not _full(w))
 def _found(t, w, who):
     thing = _new_thing(t, w)
@@ -289,7 +288,7 @@ def _painted(t, w, who):
 
 @event("showed ", 1.5, lambda w, who: w.held(who))
 def _showed(t, w, who):
-    other = t.pick(Pool(w.others(who)), lambda c: f"{c.name} ")
+    t.pick(Pool(w.others(who)), lambda c: f"{c.name} ")
     _which(t, w.held(who), lambda x: f"the {x.full}.")
 
 # %% ../nbs/01_data.ipynb #168eaa46
@@ -379,11 +378,11 @@ def tell_sentence(
     else: _act(t, w, t.pick(Pool(w.cast), lambda c: f"{c.name} ") if what == "when" else what)
     return True
 
-# %% ../nbs/01_data.ipynb #9de32adb
+# %% ../nbs/01_data.ipynb #445df9c1
 def _open(t, w):
     "Who, where, with what, with whom."
     t.pick(w.lexicon["opening"], lambda o: f"{o} ")
-    trait = t.pick(w.lexicon["trait"], lambda x: f"{article(x)} ")
+    t.pick(w.lexicon["trait"], lambda x: f"{article(x)} ")
     hero = _new_character(t, w, ", who lived ", str)
     w.home = t.pick(w.lexicon["home"], lambda h: f"{h}.")
     t.say(f" {hero.pronoun.title()} had ")
@@ -398,7 +397,6 @@ def _close(t, w):
     ends = [f"{x.holder.name} had the {x.full}" if x.holder else f"the {x.full} was {x.place}" for x in w.things]
     t.say((", ".join(ends[:-1]) + " and " if ends[1:] else "") + ends[-1] + ".")
     last = t.pick(Pool(w.things), lambda x: f" And the {x.noun}? ")
-    hero = w.cast[0]
     t.say(f"{last.holder.name} kept it." if last.holder else f"It stayed {last.place}.")
 
 def tell_story(
