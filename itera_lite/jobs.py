@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BANNER', 'ANCHOR', 'STOP_SIGNALS', 'GRACE_SECONDS', 'KINDS', 'TRAINING', 'PIPELINE', 'Failure', 'NotebookFailed',
-           'TruthfulManager', 'first_line', 'oom_kills', 'cause_of_death', 'TruthfulClient', 'on_stop',
-           'TruthfulEngine', 'notebook_path', 'notebook_parameters', 'fits', 'check_parameters', 'preset_parameters',
-           'kernel_environment', 'locked', 'run_notebook', 'arrived', 'ended_well', 'finished', 'Step',
-           'default_notebooks', 'check_machine', 'plan_step', 'plan', 'check_contents', 'run_pipeline', 'say', 'kept',
-           'main', 'literal', 'exit_status']
+           'TruthfulManager', 'first_line', 'oom_kills', 'cause_of_death', 'TruthfulClient', 'shown', 'tidy_outputs',
+           'on_stop', 'TruthfulEngine', 'notebook_path', 'notebook_parameters', 'fits', 'check_parameters',
+           'preset_parameters', 'kernel_environment', 'locked', 'run_notebook', 'arrived', 'ended_well', 'finished',
+           'Step', 'default_notebooks', 'check_machine', 'plan_step', 'plan', 'check_contents', 'run_pipeline', 'say',
+           'kept', 'main', 'literal', 'exit_status']
 
 # %% ../nbs/13_jobs.ipynb #3578887c
 import argparse, ast, fcntl, json, os, signal, sys, threading, time
@@ -150,7 +150,7 @@ def cause_of_death(
     if returncode is not None and returncode < 0: return f"the kernel was ended by {signal.Signals(-returncode).name}"
     return f"the kernel ended by itself with status {returncode}"
 
-# %% ../nbs/13_jobs.ipynb #857a0c97
+# %% ../nbs/13_jobs.ipynb #fcff961a
 class TruthfulClient(PapermillNotebookClient):
     "Runs the cells one by one, and reports each end for what it was."
     stopped = None # the signal that asks for the end
@@ -165,7 +165,8 @@ class TruthfulClient(PapermillNotebookClient):
             self.nb_man.cell_start(cell, index)
             try: self.execute_cell(cell, index)
             except Exception as e: raise NotebookFailed(self.nb_man.fail(self.cause_of(e), index, self.stopped)) from None
-            self.nb_man.cell_complete(self.nb.cells[index], index)
+            finally: self.tidy(index)
+            self.nb_man.cell_complete(cell, index)
 
     def cause_of(self, error:Exception|None)->str:
         "Why the notebook ends, in one line."
@@ -174,7 +175,42 @@ class TruthfulClient(PapermillNotebookClient):
         if isinstance(error, DeadKernelError) and self.process: return cause_of_death(self.process.poll(), oom_kills() != self.oom_kills)
         return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
-# %% ../nbs/13_jobs.ipynb #e6961744
+# %% ../nbs/13_jobs.ipynb #0db49855
+def shown(
+    text:str, # that was printed
+)->str:
+    "What a terminal shows of a text in which carriage returns write lines over."
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+
+def tidy_outputs(
+    outputs:list, # of a cell
+)->list: # the same objects, fewer
+    "One output for each stretch of printed text, stdout and stderr apart, as a terminal would show it."
+    kept, stretch = [], {}
+    for output in outputs:
+        if output.output_type != "stream": stretch = {}
+        elif output.name in stretch:
+            stretch[output.name].text += output.text
+            continue
+        else: stretch[output.name] = output
+        kept.append(output)
+    for output in kept:
+        if output.output_type == "stream": output.text = shown(output.text)
+    return kept
+
+@patch
+def tidy(self:TruthfulClient,
+    index:int, # of a cell
+):
+    "Tidy a cell's outputs; nbclient, which updates displays by their position, learns the new ones."
+    cell = self.nb.cells[index]
+    if cell.cell_type != "code": return
+    before, cell.outputs = cell.outputs, tidy_outputs(cell.outputs)
+    place = {id(output): i for i, output in enumerate(cell.outputs)}
+    for cells in self._display_id_map.values():
+        if index in cells: cells[index] = [place[id(before[i])] for i in cells[index]]
+
+# %% ../nbs/13_jobs.ipynb #065c7ff8
 @patch
 def stop(self:TruthfulClient,
     number:int, # of the signal
@@ -191,10 +227,11 @@ def stop(self:TruthfulClient,
 def signal_kernel(self:TruthfulClient,
     number:int, # of the signal
 ):
-    "Signal the kernel and every process it started; that it is gone already is fine."
+    "Signal the kernel; SIGKILL goes to every process it started, too. That it is gone already is fine."
     process = self.process or (self.km.provisioner.process if self.km and self.km.provisioner else None)
+    send = os.killpg if number == signal.SIGKILL else os.kill # jupyter_client starts each kernel in a session, hence a group, of its own
     try:
-        if process: os.killpg(process.pid, number) # jupyter_client starts each kernel in a session, hence a group, of its own
+        if process: send(process.pid, number)
     except ProcessLookupError: pass
 
 @patch
@@ -219,9 +256,9 @@ def on_stop(
     finally:
         for s, handler in before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
-# %% ../nbs/13_jobs.ipynb #8d058d30
+# %% ../nbs/13_jobs.ipynb #26897875
 class TruthfulEngine(NBClientEngine):
-    "A papermill engine whose notebooks state how they ended: `papermill --engine itera_lite …`."
+    "A papermill engine whose notebooks state how they ended; with this module imported, papermill knows it as `itera_lite`."
     @classmethod
     def execute_notebook(cls, nb, kernel_name, output_path=None, progress_bar=True, log_output=False, autosave_cell_every=10,
                          input_path=None, start_timeout=60, execution_timeout=None, stdout_file=None, stderr_file=None, title="", **start):
@@ -229,7 +266,7 @@ class TruthfulEngine(NBClientEngine):
         title = title or Path(str(input_path or output_path or "notebook")).stem
         manager = TruthfulManager(nb, output_path, log_output, progress_bar, autosave_cell_every, title)
         client = TruthfulClient(manager, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout, log=logger, log_output=log_output,
-                                stdout_file=stdout_file, stderr_file=stderr_file, coalesce_streams=True, extra_arguments=["--log-level=ERROR"])
+                                stdout_file=stdout_file, stderr_file=stderr_file, extra_arguments=["--log-level=ERROR"])
         manager.notebook_start()
         try:
             with on_stop(client.stop): client.execute(**start)
@@ -244,7 +281,7 @@ class TruthfulEngine(NBClientEngine):
 
 papermill_engines.register("itera_lite", TruthfulEngine)
 
-# %% ../nbs/13_jobs.ipynb #810a86b3
+# %% ../nbs/13_jobs.ipynb #799890ca
 def notebook_path(
     name:str, # such as 03_training, its number 03, or a path to an .ipynb file
 )->Path: # absolute
@@ -264,7 +301,7 @@ def notebook_parameters(
 )->dict: # name → default, in order
     "The names and defaults in a notebook's parameters cell."
     cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1: raise RunError(f"{portable_path(path)} has {len(cells) or 'no'} cells tagged 'parameters', not one; nbdev_clean strips tags unless settings.ini says allowed_cell_metadata_keys = tags")
+    if len(cells) != 1: raise RunError(f"{portable_path(path)} has {len(cells)} cells tagged 'parameters' and needs one; nbdev_clean strips tags unless settings.ini says allowed_cell_metadata_keys = tags")
     defaults = {}
     for line in ast.parse(cells[0].source).body:
         targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
@@ -474,21 +511,24 @@ def plan(
     for step in steps: step.record = finished(step.folder, step.settings)
     return steps
 
-# %% ../nbs/13_jobs.ipynb #bfa0e069
+# %% ../nbs/13_jobs.ipynb #e47fd2b2
 def check_contents(
     step:Step, # to be checked
     data_dir:str="", # folder with local text
 )->None:
     "Raise for a named configuration or a corpus that does not exist."
-    from itera_lite.data import CORPORA # slow to import, as it brings torch
-    from itera_lite.model import named_config
-    if step.settings.get("model"): named_config(step.settings["model"])
-    corpus = step.settings.get("corpus")
-    if not corpus or corpus in CORPORA: return
-    places = [root/corpus for root in (data_root(str(Path(data_dir).resolve()) if data_dir else ""), project_root()) if root]
-    if not any(place.exists() for place in places): raise unknown("corpus", corpus, CORPORA, hint="a text file or a folder of .txt files does too", error=DataError)
+    model, corpus = step.settings.get("model"), step.settings.get("corpus")
+    if model:
+        from itera_lite.model import named_config # slow to import, as it brings torch
+        named_config(model)
+    if corpus:
+        from itera_lite.data import CORPORA
+        root = data_root(str(Path(data_dir).resolve()) if data_dir else "")
+        places = [folder/corpus for folder in (root, project_root()) if folder]
+        if corpus not in CORPORA and not any(place.exists() for place in places):
+            raise unknown("corpus", corpus, CORPORA, hint="a text file or a folder of .txt files does too", error=DataError)
 
-# %% ../nbs/13_jobs.ipynb #1c45b8a0
+# %% ../nbs/13_jobs.ipynb #dbfaa9ba
 def run_pipeline(
     preset:str="smoke", # one of `PRESETS`
     notebooks:list[str]|None=None, # names or numbers; None: those of the preset
@@ -501,9 +541,10 @@ def run_pipeline(
 )->Path: # the run's folder
     "Run notebooks in order, each in <run>/<notebook>; those finished with the same parameters are kept. Call again to go on after a failure."
     if preset not in PRESETS: raise unknown("preset", preset, PRESETS)
-    if data_dir and not Path(data_dir).expanduser().is_dir(): raise ConfigError(f"data_dir '{data_dir}': no such folder")
     run = project_path(run_dir) if run_dir else runs_dir()/preset
     wanted = {**(parameters or {}), **({"model": model} if model else {})}
+    data_dir = wanted.pop("data_dir", "") or data_dir
+    if data_dir and not Path(data_dir).expanduser().is_dir(): raise ConfigError(f"data_dir '{data_dir}': no such folder")
     steps = plan(preset, default_notebooks(preset) if notebooks is None else notebooks, run, wanted, data_dir)
     retrained = False
     for step in steps:

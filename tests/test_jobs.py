@@ -1,0 +1,323 @@
+"""Running notebooks, where only a process of its own can show it: kernels killed, runners stopped, a call repeated."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from itera_lite import jobs
+from itera_lite.core import IteraLiteError, Record, RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+BUSY = max(1, os.getloadavg()[0] / os.cpu_count())  # processes that wait for each core: the limit is for a machine that is not overloaded
+SECONDS = 5 * BUSY  # from what ended a notebook to a file that says so
+
+PARAMETERS = "preset = 'smoke'\nseed = 0\nmodel_dir = ''\nout_dir = ''"
+NAMES = "\nmodel = 'micro'\ncorpus = 'stories'"  # parameters that other modules give a meaning; checking them takes an import of torch
+FINISH = """import itera_lite.core as core
+run = core.start_run({name!r}, preset, seed, out_dir)
+record = run.finish("it ended")"""
+# A cell that shows its process and that of a child, and then lasts longer than any test.
+WAIT = """import os, pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+pathlib.Path("pids.part").write_text(f"{os.getpid()} {child.pid}"); os.replace("pids.part", "pids")
+print("waiting", flush=True)
+"""
+
+
+def write_notebook(project, name, *cells, parameters=PARAMETERS, tags=("parameters",)):
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": list(tags)}), *map(nbformat.v4.new_code_cell, cells)]
+    path = project / "nbs" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nb, path)
+    presets = project / "slurm" / "params" / name
+    presets.mkdir(parents=True, exist_ok=True)
+    for preset in ("smoke", "laptop"):
+        (presets / f"{preset}.yaml").write_text("seed: 7\n")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project in a folder of its own: a toy 03_training that ends well."""
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = itera_lite\n")
+    write_notebook(tmp_path, "03_training", FINISH.format(name="03_training"), parameters=PARAMETERS + NAMES)
+    monkeypatch.setenv("ITERA_LITE_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Runner:
+    """`python -m itera_lite.jobs …` as a process of its own."""
+
+    def __init__(self, project, *words):
+        def obey():  # a shell may have started the tests with SIGINT ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        self.project = project
+        self.log = open(project / "runner.log", "w+")
+        command = [sys.executable, "-m", "itera_lite.jobs", *words]
+        self.process = subprocess.Popen(command, cwd=project, stdout=self.log, stderr=self.log, start_new_session=True, preexec_fn=obey)
+
+    def pids(self):
+        """The kernel's process and its child's, once the waiting cell runs."""
+        path = self.project / "pids"
+        wait_until(path.exists, 60 * BUSY, self.text)
+        return [int(pid) for pid in path.read_text().split()]
+
+    def end(self, number=None):
+        """Send a signal; the exit status and how long it took."""
+        start = time.monotonic()
+        if number is not None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout=60 * BUSY)
+        return status, time.monotonic() - start
+
+    def text(self):
+        self.log.flush()
+        return (self.project / "runner.log").read_text()
+
+    def last_line(self):
+        return self.text().strip().splitlines()[-1]
+
+
+def wait_until(true, seconds, explain=lambda: ""):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s; {explain()}"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def report(project, notebook="03_training", run="smoke"):
+    """The executed notebook: checked as JSON and against the format."""
+    text = (project / "papermill_runs" / run / notebook / "report.ipynb").read_text()
+    nbformat.validate(json.loads(text))
+    return nbformat.reads(text, 4)
+
+
+def statuses(nb):
+    return [c.metadata.papermill.status for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+
+
+def banner(nb):
+    """What the failed notebook says at its top."""
+    assert "papermill-error-cell-tag" in nb.cells[0].metadata.tags
+    return nb.cells[0].source
+
+
+# A notebook's end
+
+
+def test_killed_kernel_is_told_as_such(project):
+    write_notebook(project, "03_training", "print('before')", WAIT + "time.sleep(300)", "print('never')")
+    runner = Runner(project, "03", "smoke")
+    kernel, child = runner.pids()
+    os.kill(kernel, signal.SIGKILL)
+    status, seconds = runner.end()
+    assert status == 1 and seconds < SECONDS
+    nb = report(project)
+    assert nb.metadata.papermill.exception is True
+    assert statuses(nb) == ["completed", "completed", "completed", "failed", "pending"]
+    assert "killed by SIGKILL" in banner(nb) and "in cell 3" in banner(nb)
+    assert runner.last_line().startswith("error: 03_training failed in cell 3 (`import os, pathlib, subprocess, sys, time`): the kernel")
+    assert not alive(child)
+    assert any(output.get("text") == "waiting\n" for cell in nb.cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize(
+    ("number", "stubborn"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGHUP, False), (signal.SIGTERM, True)]
+)
+def test_stopped_runner_is_told_as_such(project, number, stubborn):
+    """A cell that answers the interrupt shows where it was; one that ignores it is killed."""
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if stubborn else ""
+    write_notebook(project, "03_training", ignore + WAIT + "while True: time.sleep(1)", "print('never')")
+    runner = Runner(project, "03", "smoke")
+    pids = runner.pids()
+    status, seconds = runner.end(number)
+    assert status == 128 + number and seconds < SECONDS
+    nb = report(project)
+    assert nb.metadata.papermill.exception is True
+    assert statuses(nb) == ["completed", "completed", "failed", "pending"]
+    assert f"stopped by {number.name}" in banner(nb)
+    assert f"stopped by {number.name}" in runner.last_line() and "Traceback" not in runner.text()
+    errors = [output.ename for cell in nb.cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    assert errors == ["NotebookFailed" if stubborn else "KeyboardInterrupt"]
+    assert not any(map(alive, pids))
+
+
+def test_runner_stopped_while_the_kernel_starts(project):
+    runner = Runner(project, "03", "smoke")
+    wait_until((project / "papermill_runs/smoke/03_training/report.ipynb").exists, 60 * BUSY, runner.text)
+    status, seconds = runner.end(signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM and seconds < SECONDS
+    nb = report(project)
+    assert nb.metadata.papermill.exception is True and "stopped by SIGTERM" in banner(nb)
+    assert "completed" not in statuses(nb)[2:]
+
+
+def test_killed_runner_leaves_a_whole_file_and_no_kernel(project):
+    """Nothing can be written then; but nothing is half written, and nothing counts as finished."""
+    write_notebook(project, "03_training", "print('x' * 1_000_000)", WAIT + "time.sleep(300)")
+    runner = Runner(project, "03", "smoke")
+    kernel, _ = runner.pids()
+    runner.end(signal.SIGKILL)
+    nb = report(project)
+    assert statuses(nb)[-1] == "running" and nb.metadata.papermill.end_time is None
+    assert not jobs.ended_well(project / "papermill_runs/smoke/03_training/report.ipynb")
+    wait_until(lambda: not alive(kernel), 10 * BUSY)
+
+
+def test_memory_that_runs_out_is_told_as_such(project):
+    """What the system refuses is a MemoryError of the cell; what its out-of-memory killer takes is a killed kernel."""
+    limit = """import resource, psutil
+limit = psutil.Process().memory_info().vms + 200 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))"""
+    write_notebook(project, "03_training", limit, "block = bytearray(2**30)", "print('never')")
+    with pytest.raises(jobs.NotebookFailed, match=r"failed in cell 3 \(`block = bytearray\(2\*\*30\)`\): MemoryError"):
+        jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
+    assert statuses(report(project)) == ["completed", "completed", "completed", "failed", "pending"]
+
+
+def test_full_disk_leaves_the_last_whole_notebook(project, monkeypatch):
+    write_notebook(project, "03_training", "print('one')", "print('two')")
+    write, written = jobs.write_atomic, []
+
+    def fills_up(path, content):
+        written.append(path)
+        if len(written) > 4:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(jobs, "write_atomic", fills_up)
+    with pytest.raises(RunError, match="cannot be written .No space left on device."):
+        jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
+    assert "completed" in statuses(report(project)) and not jobs.ended_well(project / "papermill_runs/smoke/03_training/report.ipynb")
+
+
+def test_two_runners_do_not_share_a_folder(project):
+    write_notebook(project, "03_training", WAIT + "time.sleep(300)")
+    runner = Runner(project, "03", "smoke")
+    runner.pids()
+    with pytest.raises(RunError, match="another process is running in papermill_runs/smoke/03_training"):
+        jobs.run_notebook("03", "papermill_runs/smoke/03_training")
+    assert runner.end(signal.SIGTERM)[0] == 128 + signal.SIGTERM
+
+
+def test_notebook_without_a_record_is_an_error(project):
+    write_notebook(project, "03_training", "print('no record')")
+    with pytest.raises(RunError, match="no record at papermill_runs/smoke/03_training/metrics.json"):
+        jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
+
+
+# A run that goes on
+
+
+def test_stopped_pipeline_goes_on_where_it_was(project):
+    wait_once = "import os\nif not os.path.exists('pids'):\n    " + WAIT.replace("\n", "\n    ") + "time.sleep(300)"
+    write_notebook(project, "07_mixed_precision", wait_once, FINISH.format(name="07_mixed_precision"))
+    runner = Runner(project, "03,07", "smoke")
+    runner.pids()
+    runner.end(signal.SIGTERM)
+    assert "the same command goes on from here" in runner.last_line()
+    first = (project / "papermill_runs/smoke/03_training/report.ipynb").read_bytes()
+    again = Runner(project, "03,07", "smoke")
+    assert again.end()[0] == 0, again.text()
+    assert "03_training: kept" in again.text()
+    assert (project / "papermill_runs/smoke/03_training/report.ipynb").read_bytes() == first
+    assert Record.read(project / "papermill_runs/smoke/07_mixed_precision").run.parameters["seed"] == 7
+    settings = (project / "papermill_runs/smoke/07_mixed_precision/params.yaml").read_text()
+    assert "model_dir: papermill_runs/smoke/03_training/model" in settings
+    assert set(statuses(report(project, "07_mixed_precision"))) == {"completed"}
+
+
+# What is refused before anything starts
+
+
+def missing_preset(project):
+    (project / "slurm/params/03_training/smoke.yaml").unlink()
+
+
+def misspelt_preset_file(project):
+    (project / "slurm/params/03_training/smoke.yaml").write_text("sed: 7\n")
+
+
+def broken_preset_file(project):
+    (project / "slurm/params/03_training/smoke.yaml").write_text("seed: [7\n")
+
+
+def list_preset_file(project):
+    (project / "slurm/params/03_training/smoke.yaml").write_text("- seed\n")
+
+
+def no_tag(project):
+    write_notebook(project, "03_training", "pass", tags=())
+
+
+def two_tags(project):
+    nb = nbformat.read(project / "nbs/03_training.ipynb", 4)
+    nb.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, project / "nbs/03_training.ipynb")
+
+
+def no_notebooks(project):
+    shutil.rmtree(project / "nbs")
+
+
+BAD = {
+    "preset": (["03", "smok"], None, "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?"),
+    "notebook": (["99", "smoke"], None, "unknown notebook '99': allowed 03_training"),
+    "path": (["nbs/gone.ipynb", "smoke"], None, "no notebook at nbs/gone.ipynb"),
+    "parameter": (["03", "smoke", "-p", "sead", "1"], None, "unknown parameter 'sead'"),
+    "kind": (["03", "smoke", "-p", "seed", "many"], None, "parameter seed of 03_training (from the command line) is 'many': must be a"),
+    "model": (["03", "smoke", "--model", "tinny"], None, "unknown model 'tinny': allowed tiny,"),
+    "corpus": (["03", "smoke", "-p", "corpus", "tinystory"], None, "unknown corpus 'tinystory': allowed stories, tinystories,"),
+    "data": (["03", "smoke", "--data-dir", "nowhere"], None, "data_dir 'nowhere': no such folder"),
+    "no preset file": (["03", "smoke"], missing_preset, "03_training has no preset 'smoke': slurm/params/03_training/smoke.yaml"),
+    "preset file's name": (["03", "smoke"], misspelt_preset_file, "unknown parameter of 03_training (from slurm/params/03_training/smoke.y"),
+    "preset file's YAML": (["03", "smoke"], broken_preset_file, "slurm/params/03_training/smoke.yaml is not YAML"),
+    "preset file's shape": (["03", "smoke"], list_preset_file, "must hold NAME: VALUE lines"),
+    "no tag": (["03", "smoke"], no_tag, "has 0 cells tagged 'parameters' and needs one"),
+    "two tags": (["03", "smoke"], two_tags, "has 2 cells tagged 'parameters' and needs one"),
+    "no notebooks": (["03", "smoke"], no_notebooks, "run inside the project's source tree"),
+}
+
+
+@pytest.mark.parametrize(("words", "spoil", "line"), BAD.values(), ids=BAD)
+def test_bad_input_gets_one_line_before_anything_starts(project, capsys, words, spoil, line):
+    if spoil:
+        spoil(project)
+    assert jobs.main(words) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and line in said and "\n" not in said
+    assert not (project / "papermill_runs").exists()
+
+
+def test_changed_parameter_does_not_overwrite_a_result(project, capsys):
+    assert jobs.main(["03", "smoke"]) == 0
+    before = (project / "papermill_runs/smoke/03_training/metrics.json").read_bytes()
+    capsys.readouterr()
+    assert jobs.main(["03", "smoke", "-p", "seed", "8"]) == 1
+    assert "03_training is finished in papermill_runs/smoke/03_training with seed=7 and now 8" in capsys.readouterr().err
+    assert (project / "papermill_runs/smoke/03_training/metrics.json").read_bytes() == before
+
+
+def test_parameter_that_a_notebook_overwrites_is_found(project):
+    write_notebook(project, "03_training", "seed = 0", FINISH.format(name="03_training"))
+    with pytest.raises(IteraLiteError, match="seed=7 became 0"):
+        jobs.run_notebook("03", "papermill_runs/smoke/03_training", {"seed": 7}, progress=False, pictures=False)
