@@ -15,13 +15,12 @@ __all__ = ['ENDS', 'SHOW', 'COLUMNS', 'MOST_LINES', 'README_COLUMNS', 'PALETTE',
            'badge', 'ending', 'notebook_page', 'templates', 'record_figures', 'scored_together', 'run_figures',
            'anchor', 'overview', 'build_report']
 
-# %% ../nbs/15_report.ipynb #3713b881
+# %% ../nbs/15_report.ipynb #4b8f88a1
 import html, json, math, os, re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat, plotly.graph_objects as go, plotly.io as pio, plotly.offline
 from bs4 import BeautifulSoup
@@ -136,11 +135,11 @@ def find_entries(
     names = {folder: run if len(homes[run]) == 1 else portable_path(folder.parent).strip("/") for folder, run in found.items()}
     return sorted((read_entry(names[folder], folder) for folder in found), key=lambda e: (e.run, e.notebook))
 
-# %% ../nbs/15_report.ipynb #9474e165
-def short(x:float)->str:
-    "Three significant digits, whole numbers from 100 up, never an exponent."
+# %% ../nbs/15_report.ipynb #fac44fb7
+def short(x:float, digits:int=3)->str:
+    "A number to some significant digits; whole digits are all shown, and never an exponent."
     if x == 0: return "0"
-    decimals = 0 if abs(x) >= 100 else 2 - math.floor(math.log10(abs(x)))
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(x))))
     return f"{x:,.{decimals}f}".rstrip("0").rstrip(".") if decimals > 3 else f"{x:,.{decimals}f}"
 
 def signed(x:float, decimals:int)->str:
@@ -150,6 +149,7 @@ def signed(x:float, decimals:int)->str:
 SHOW = { # name of a format → how it writes a number
     "count": lambda x: f"{x:,.0f}",
     "short": short,
+    "value": lambda x: short(x, 5),
     "MB": lambda x: short(x / 1e6),
     "GB": lambda x: short(x / 1e9),
     "ratio": lambda x: f"{x:.2f}×",
@@ -292,34 +292,38 @@ def results_table(
                           precision=row.precision if isinstance(row.precision, str) else None, cells=[table_cell(entry, i, c) for c in used]))
     return dict(columns=used, lines=lines, unused=[f"{', '.join(labels)} ({why})" for why, labels in unused.items()])
 
-# %% ../nbs/15_report.ipynb #ae470587
+# %% ../nbs/15_report.ipynb #c5b2d899
 MOST_LINES = 60 # of a table of other values
 
 def _value(entry:Entry, pointer:str)->Markup: # what one cell shows
     "A plain value of the record; numbers carry their address."
     value = resolve(entry.values, pointer)
-    if isinstance(value, (int, float)) and not isinstance(value, bool): return number(entry, pointer, "count" if isinstance(value, int) else "short")
+    if isinstance(value, (int, float)) and not isinstance(value, bool): return number(entry, pointer, "count" if isinstance(value, int) else "value")
     if isinstance(value, list): return Markup(", ").join(_value(entry, f"{pointer}/{i}") for i in range(len(value)))
-    return dash("null in the record") if value is None else escape(value)
+    return dash("null in the record") if value is None else Markup('<span class="words">{}</span>').format(value)
+
+def _plain(value)->bool:
+    "Whether a value fits into one cell."
+    return len(value) <= 8 and not any(isinstance(x, (dict, list)) for x in value) if isinstance(value, list) else not isinstance(value, dict)
 
 def other_tables(
     entry:Entry,
     pointer:str="/extra", # of a dict or list in the record
     title:str="", # path of names down to it
 )->list[dict]: # what the template "other" needs
-    "What a notebook recorded beside its rows, as tables: values of one dict, or dicts of one shape as lines."
-    def plain(v): return not isinstance(v, (dict, list)) or isinstance(v, list) and len(v) <= 8 and not any(isinstance(x, (dict, list)) for x in v)
+    "What a notebook recorded beside its rows, as tables: plain values one below the other, dicts of one shape as lines."
     here = resolve(entry.values, pointer)
     items = list(here.items()) if isinstance(here, dict) else [(str(i), v) for i, v in enumerate(here)]
-    lines = [(name, v) for name, v in items if isinstance(v, dict) and v and all(map(plain, v.values()))]
-    single, tables = [(name, v) for name, v in items if plain(v) and isinstance(here, dict)], []
-    if single: tables.append(dict(title=title or "values", columns=[], lines=[(name, [_value(entry, f"{pointer}/{step(name)}")]) for name, _ in single[:MOST_LINES]], more=max(0, len(single) - MOST_LINES)))
-    if lines:
-        columns = list(dict.fromkeys(key for _, v in lines for key in v))
-        cells = [(name, [_value(entry, f"{pointer}/{step(name)}/{step(c)}") if c in v else Markup() for c in columns]) for name, v in lines[:MOST_LINES]]
-        tables.append(dict(title=title or "values", columns=columns, lines=cells, more=max(0, len(lines) - MOST_LINES)))
-    done = {name for name, _ in single + lines}
-    return tables + [t for name, v in items if name not in done and isinstance(v, (dict, list)) and v for t in other_tables(entry, f"{pointer}/{step(name)}", f"{title} · {name}".strip(" ·"))]
+    single = [name for name, v in items if _plain(v)] if isinstance(here, dict) else []
+    flat = {name: v for name, v in items if isinstance(v, dict) and v and all(map(_plain, v.values()))}
+    columns = list(dict.fromkeys(key for v in flat.values() for key in v))
+    alike = len(flat) > 1 and all(2*len(v) >= len(columns) for v in flat.values())
+    def table(columns, names, cells): return dict(title=title or "values", columns=columns, lines=[(n, cells(n)) for n in names[:MOST_LINES]], more=max(0, len(names) - MOST_LINES))
+    def at(*names): return _value(entry, "/".join([pointer, *map(step, names)]))
+    tables = [table([], single, lambda n: [at(n)])] if single else []
+    if alike: tables.append(table(columns, list(flat), lambda n: [at(n, c) if c in flat[n] else Markup() for c in columns]))
+    deeper = [name for name, v in items if isinstance(v, (dict, list)) and v and name not in single and not (alike and name in flat)]
+    return tables + [t for name in deeper for t in other_tables(entry, f"{pointer}/{step(name)}", f"{title} · {name}".strip(" ·"))]
 
 # %% ../nbs/15_report.ipynb #c9c8d2e9
 README_COLUMNS = ("/file_bytes", "/ratio", "/bits_per_byte", "/perplexity_change_percent", "/speed/decode_tokens_per_s")
@@ -351,7 +355,7 @@ def readme_table(
         out.append(" · ".join(about) + "\n\n" + record.verdict + "\n\n" + "\n".join(lines))
     return "\n\n".join(out) or "*No run with results has been published yet.*"
 
-# %% ../nbs/15_report.ipynb #71d42ff6
+# %% ../nbs/15_report.ipynb #7a6c7338
 def smallest_within_limit(record:Record)->int|None: # index of the row; None where no row keeps the limit
     "The smallest row whose perplexity, with its interval, keeps the record's limit."
     limit = record.criteria.max_ppl_change_percent
@@ -389,7 +393,7 @@ def sentences(entry:Entry)->list[Markup]:
     "What a record's figures come to, in sentences that the record fills."
     record, said = entry.record, []
     if record.criteria: said.append(criteria_sentence(entry))
-    said += [curve_sentence(entry, name) for name in record.curves]
+    if len(record.curves) <= 4: said += [curve_sentence(entry, name) for name in record.curves] # more are a matter for the plot
     if record.data and record.data.floor_bits_per_byte: said.append(Markup("No model can score below {} bits per byte on this text: its source is known.").format(number(entry, "/data/floor_bits_per_byte", "bits")))
     if record.data and record.data.duplicates_removed: said.append(Markup("{} documents that another split has too were taken out of training.").format(number(entry, "/data/duplicates_removed", "count")))
     return [s for s in said if s]
@@ -455,7 +459,7 @@ def pareto_plot(
                         hovertemplate="<b>%{text}</b><br>%{y:.4f} bits per byte<br>%{customdata[0]:,} bytes, %{customdata[1]}<extra></extra>")
     return with_floor(fig, floor, [y for r in rows for y in r.bits_per_byte_ci95 or [r.bits_per_byte]])
 
-# %% ../nbs/15_report.ipynb #139350b6
+# %% ../nbs/15_report.ipynb #dc13205c
 def difference_plot(
     rows:Iterable[Row], # of one record; those without a paired difference are not drawn
     baseline:str, # name of the row that differences refer to
@@ -463,12 +467,15 @@ def difference_plot(
     title:str="", # default: names the baseline
 )->go.Figure:
     "Perplexity change with its paired 95 % interval, a row each, the smallest model at the top."
+    rows, techniques = list(rows), {}
+    for r in rows: techniques.setdefault(r.technique, len(techniques)) # colours as in the plot of quality against size
     rows = sorted((r for r in rows if r.name != baseline and r.perplexity_change_percent is not None and r.perplexity_change_ci95), key=lambda r: (r.ratio or 0))
     labels = {r.name: f"{r.name} ({r.ratio:.2f}×)" if r.ratio else r.name for r in rows}
     fig = figure(title or f"Perplexity change against {baseline}", "change (%), paired 95 % interval", "")
     edge = 10 * limit if limit else math.inf # what lies far beyond the limit would squeeze the rest; it is drawn at the edge, with its value
-    for i, technique in enumerate(dict.fromkeys(r.technique for r in rows)):
+    for technique, i in techniques.items():
         some = [r for r in rows if r.technique == technique]
+        if not some: continue
         drawn = [min(r.perplexity_change_percent, edge) for r in some]
         fig.add_scatter(x=drawn, y=[labels[r.name] for r in some], name=technique, error_x=error_bar(drawn, [r.perplexity_change_ci95 if x < edge else None for r, x in zip(some, drawn)]),
                         mode="markers+text", text=["" if x < edge else f"{r.perplexity_change_percent:+.1f} % →" for r, x in zip(some, drawn)], textposition="middle left", marker=dict(size=10, **look(i)),
@@ -478,19 +485,21 @@ def difference_plot(
     fig.update_layout(height=200 + 30*len(rows), yaxis=dict(categoryorder="array", categoryarray=list(labels.values())), legend=dict(y=-90/(50 + 30*len(rows)))) # the legend keeps its distance
     return fig
 
-# %% ../nbs/15_report.ipynb #2213a7c2
+# %% ../nbs/15_report.ipynb #7e0c2cd0
 def curve_plot(
     curves:dict[str, list[dict]], # name → rows of tokens, train_bpb, val_bpb, …
     title:str="Training curves",
     floor:float|None=None, # entropy rate of the text's source, bits per byte
 )->go.Figure:
-    "Validation (lines) and training (dotted) bits per byte against tokens seen."
-    fig = figure(title, "tokens seen in training", "bits per byte (lower is better)")
-    for i, (name, points) in enumerate(curves.items()):
+    "Validation (lines) and training (dotted; of more than four curves only on request) bits per byte against tokens seen."
+    fig, many = figure(title, "tokens seen in training", "bits per byte (lower is better)"), len(curves) > 4
+    kinds = list(dict.fromkeys(name.partition(",")[0] for name in curves)) # curves of one model share a colour: "Itera-Lite, seed 0", "Itera-Lite, seed 1"
+    for j, (name, points) in enumerate(curves.items()):
+        i = kinds.index(name.partition(",")[0]) if len(kinds) > 1 else j
         for key, label, style in [("train_bpb", "training", dict(mode="lines", opacity=0.55, line=dict(width=1, dash="dot", color=look(i)["color"]))),
                                   ("val_bpb", "validation", dict(mode="lines+markers", line=dict(width=2, color=look(i)["color"]), marker=dict(size=6, **look(i))))]:
             some = [p for p in points if p.get(key) is not None and p.get("tokens") is not None]
-            if some: fig.add_scatter(x=[p["tokens"] for p in some], y=[p[key] for p in some], name=f"{name}, {label}", customdata=[[p.get("step")] for p in some],
+            if some: fig.add_scatter(x=[p["tokens"] for p in some], y=[p[key] for p in some], name=f"{name}, {label}", visible="legendonly" if many and label == "training" else True, customdata=[[p.get("step")] for p in some],
                                      hovertemplate=f"<b>{html.escape(name)}, {label}</b><br>%{{y:.4f}} bits per byte<br>%{{x:,}} tokens, step %{{customdata[0]}}<extra></extra>", **style)
     return with_floor(fig, floor, [y for trace in fig.data for y in trace.y])
 
@@ -586,7 +595,7 @@ body.report { margin: 0; }
 }
 """
 
-# %% ../nbs/15_report.ipynb #76ae4ee7
+# %% ../nbs/15_report.ipynb #8f3f03c9
 TABLE_STYLE = """
 .report .scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px; }
 .report .scroll table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; background: var(--bg); margin: 0; }
@@ -602,6 +611,9 @@ TABLE_STYLE = """
 .report .scroll tr.baseline > * { background: var(--panel); }
 .report .scroll tr.out > * { color: var(--muted); }
 .report .dash { color: var(--muted); cursor: help; }
+.report .others { display: flex; flex-wrap: wrap; gap: 0 2rem; } .report .other { max-width: 100%; min-width: 0; }
+.report .other .scroll { width: fit-content; max-width: 100%; } .report .other .scroll table { width: auto; font-size: .84rem; } .report .other h4 { margin: .8rem 0 0; font-size: .92rem; }
+.report .words { display: inline-block; white-space: normal; text-align: left; max-width: 34rem; }
 .report .clamp { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 @media (max-width: 40rem) {
   .report .scroll tbody th { white-space: normal; min-width: 8.5rem; max-width: 10rem; }
@@ -618,7 +630,7 @@ figure.plot .canvas { width: 100%; min-width: 0; }
 .report .pair > * { min-width: 0; }
 """
 
-# %% ../nbs/15_report.ipynb #2576be51
+# %% ../nbs/15_report.ipynb #4e0c8802
 SCRIPT = """
 addEventListener("DOMContentLoaded", () => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -654,7 +666,7 @@ def figure_html(
     layout = {k: v for k, v in spec.get("layout", {}).items() if k != "title"}
     title = spec.get("layout", {}).get("title", {})
     title = Markup(title if isinstance(title, str) else title.get("text") or "").striptags()
-    margin = {**layout.get("margin", {}), "t": 24}
+    margin = {**layout.get("margin", {}), "t": 48 if "polar" in layout or layout.get("annotations") else 24} # room for what stands above the axes
     text = json.dumps({"data": spec.get("data", []), "layout": {**layout, "margin": margin}}, ensure_ascii=False).replace("<", "\\u003c") # no way out of the script element
     picture = Markup('<noscript><img src="data:image/png;base64,{}" alt="{}"></noscript>').format(still, title) if still else ""
     return Markup('<figure class="plot" aria-label="{}"><figcaption>{}</figcaption><div class="canvas" style="height:{}px"></div><script type="application/json">{}</script>{}</figure>').format(
@@ -727,7 +739,7 @@ def offline_data(
     if loads: kept = {"text/html": str(Markup("<p>Left out of this offline page: an output that loads <code>{}</code>.</p><pre>{}</pre>").format(", ".join(loads), text))}
     return kept or {"text/plain": text or f"an output of type {', '.join(data)}, which a page cannot show"}
 
-# %% ../nbs/15_report.ipynb #bd17cbdc
+# %% ../nbs/15_report.ipynb #a1f48cfa
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'self' file: data: blob: 'unsafe-inline' 'unsafe-eval'">"""
 GENERATOR = '<meta name="generator" content="itera-lite report">'
 NOTEBOOK = """{%- extends 'lab/index.html.j2' -%}
@@ -739,10 +751,11 @@ NOTEBOOK = """{%- extends 'lab/index.html.j2' -%}
 <style>@media (prefers-color-scheme: dark) { {{ resources.dark_theme }} }</style>
 <style>{{ resources.report_style }}
 body.jp-Notebook { background: var(--bg); margin: 0; padding: 0; overflow: auto; --jp-layout-color0: var(--bg); --jp-rendermime-table-row-background: var(--panel); }
-main { max-width: 66rem; margin: 0 auto; padding: 0 .8rem 3rem; }
-.bar.report { background: var(--panel); border-bottom: 1px solid var(--line); font-size: .92rem; } .bar .wrap { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding-top: .6rem; padding-bottom: .6rem; max-width: 66rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 0 .8rem 3rem; }
+.bar.report { background: var(--panel); border-bottom: 1px solid var(--line); font-size: .92rem; } .bar .wrap { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; padding-top: .6rem; padding-bottom: .6rem; max-width: 72rem; }
 .bar label { margin-left: auto; } .error-note { color: var(--bad); margin: .2rem 0; width: 100%; overflow-wrap: anywhere; }
 body:has(#fold:checked) .jp-CodeCell .jp-Cell-inputWrapper { display: none; }
+.jp-InputArea-editor .highlight { overflow-x: auto; }
 .jp-OutputArea-output pre { max-height: 32rem; overflow: auto; }
 .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; max-width: 100%; } .jp-OutputArea-output img { max-width: 100%; height: auto; }
 .jp-RenderedImage img { background: #fff; } math { font-size: 1.1em; } math[display=block] { overflow-x: auto; padding: .3em 0; }
@@ -785,7 +798,7 @@ def templates()->Templates:
     made.globals.update(best=best_of_run, interval=interval, badge=badge, ending=ending, number=number, badges=BADGES, anchor=anchor)
     return made
 
-# %% ../nbs/15_report.ipynb #8889049e
+# %% ../nbs/15_report.ipynb #db34a43f
 PARTS = """
 {% macro results(table, caption) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}"><table>
@@ -812,9 +825,9 @@ PARTS = """
 {% endmacro %}
 
 {% macro other(table) %}
-<h4>{{ table.title }}</h4><div class="scroll" tabindex="0" role="region" aria-label="{{ table.title }}"><table>{% if table.columns %}<thead><tr><th scope="col"></th>{% for c in table.columns %}<th scope="col" class="n">{{ c }}</th>{% endfor %}</tr></thead>{% endif %}
+<div class="other"><h4>{{ table.title }}</h4><div class="scroll" tabindex="0" role="region" aria-label="{{ table.title }}"><table>{% if table.columns %}<thead><tr><th scope="col"></th>{% for c in table.columns %}<th scope="col" class="n">{{ c }}</th>{% endfor %}</tr></thead>{% endif %}
 <tbody>{% for name, cells in table.lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-{% if table.more %}<p><small>{{ table.more }} more in the record.</small></p>{% endif %}
+{% if table.more %}<p><small>{{ table.more }} more in the record.</small></p>{% endif %}</div>
 {% endmacro %}
 
 {% macro facts(e) %}{% set r = e.record %}
@@ -832,7 +845,7 @@ PARTS = """
 {% endmacro %}
 """
 
-# %% ../nbs/15_report.ipynb #8b53fe39
+# %% ../nbs/15_report.ipynb #11c898d3
 OVERVIEW = """{% import 'parts.html' as parts with context %}<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{{ policy }}{{ generator }}
 <title>Itera-Lite report</title><style>{{ style }}</style><script src="plotly.min.js" defer></script></head>
@@ -846,7 +859,7 @@ OVERVIEW = """{% import 'parts.html' as parts with context %}<!DOCTYPE html>
 {% for e in run.entries %}<tr><th scope="row">{% if e.page %}<a href="{{ e.page | urlencode }}">{{ e.notebook }}</a>{% else %}{{ e.notebook }}{% endif %}</th><td>{{ badge(e) }}</td>
 <td>{% if e.record and e.record.criteria and e.record.criteria.outcome %}<span class="badge {{ badges[e.record.criteria.outcome] }}">{{ e.record.criteria.outcome }}</span>{% else %}<span class="dash" title="this notebook sets no criteria, or left no record">–</span>{% endif %}</td>
 <td class="n">{% if e.record %}{{ number(e, '/run/seconds', 'duration') }}{% else %}<span class="dash" title="no record">–</span>{% endif %}</td>
-<td class="text">{% if ending(e) %}<span class="bad">{{ ending(e) }}</span> {% endif %}{% if e.problem %}<span class="bad">{{ e.problem }}</span>{% elif e.record %}<span class="clamp">{{ e.record.verdict }}</span> <a href="#{{ anchor(e.run, e.notebook) }}">figures</a>{% elif not ending(e) %}<span class="muted">no record</span>{% endif %}</td></tr>{% endfor %}
+<td class="text">{% if ending(e) %}<span class="bad">{{ ending(e) }}</span> {% endif %}{% if e.problem %}<span class="bad">{{ e.problem }}</span>{% elif e.record %}<span class="clamp">{{ e.record.verdict }}</span> <a href="#{{ anchor(e.run, e.notebook) }}">more ↓</a>{% elif not ending(e) %}<span class="muted">no record</span>{% endif %}</td></tr>{% endfor %}
 </tbody></table></div>
 {% for block in run.figures %}<div class="pair">{{ block }}</div>{% endfor %}
 {% for part in run.parts %}{% set e = part.entry %}
@@ -856,7 +869,7 @@ OVERVIEW = """{% import 'parts.html' as parts with context %}<!DOCTYPE html>
 {% if part.table %}{{ parts.results(part.table, 'Results of ' ~ e.notebook) }}{% endif %}
 {% if part.figures %}<div class="pair">{% for figure in part.figures %}{{ figure }}{% endfor %}</div>{% endif %}
 {% for note in part.notes %}<p><small>{{ note }}</small></p>{% endfor %}
-{% if part.others %}<details><summary>Other values of this record</summary>{% for table in part.others %}{{ parts.other(table) }}{% endfor %}</details>{% endif %}
+{% if part.others %}<details><summary>Other values of this record</summary><div class="others">{% for table in part.others %}{{ parts.other(table) }}{% endfor %}</div></details>{% endif %}
 {{ parts.facts(e) }}
 {% endfor %}</section>
 {% endfor %}
@@ -894,14 +907,14 @@ def scored_together(entries:Iterable[Entry])->dict[tuple, list[tuple[Entry, Row]
         group += [(e, r) for r in e.record.results if r.file_bytes and r.bits_per_byte and (r.file_bytes, r.bits_per_byte) not in seen]
     return groups
 
-# %% ../nbs/15_report.ipynb #95c7a6a4
+# %% ../nbs/15_report.ipynb #fe3fffd2
 def run_figures(entries:list[Entry])->list[Markup]:
     "Quality against size over all notebooks of a run, a figure for each text that two or more models were scored on."
     made = []
-    for (corpus, *_), rows in scored_together(entries).items():
+    for (corpus, _, size), rows in scored_together(entries).items():
         if len({r.file_bytes for _, r in rows}) < 2: continue
         floor = next((e.record.data.floor_bits_per_byte for e, _ in rows), None)
-        made.append(plot_html(pareto_plot([r for _, r in rows], f"Quality against size, {corpus}", floor)))
+        made.append(plot_html(pareto_plot([r for _, r in rows], f"Quality against size, {corpus}" + (f", {size:,} bytes of test text" if size else ""), floor)))
     return made
 
 def anchor(*names:str)->str:
