@@ -309,16 +309,17 @@ def notebook_parameters(
         except (AttributeError, ValueError): raise RunError(f"{portable_path(path)}: line {line.lineno} of the parameters cell must be NAME = a literal") from None
     return defaults
 
-# %% ../nbs/13_jobs.ipynb #72b08e4a
+# %% ../nbs/13_jobs.ipynb #f4bf9b46
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list", dict: "a mapping"}
 
 def fits(
     value, # given
     default, # of the parameters cell; None takes anything
 )->bool:
-    "Whether a value is of the kind of a parameter's default; null stands for no number, such as no limit."
+    "Whether a value is of the kind of a parameter's default; null stands for no number, "" for nothing given yet."
     if default is None: return True
     if value is None: return type(default) in (int, float)
+    if default == "": return isinstance(value, (str, list, dict))
     if isinstance(default, bool) or isinstance(value, bool): return isinstance(value, bool) and isinstance(default, bool)
     kinds = {int: int, float: (int, float), str: str, list: (list, tuple), tuple: (list, tuple), dict: dict}
     return isinstance(value, kinds[type(default)])

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from itera_lite import jobs
-from itera_lite.core import IteraLiteError, Record, RunError
+from itera_lite.core import PRESETS, IteraLiteError, Record, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -223,6 +223,52 @@ def test_notebook_without_a_record_is_an_error(project):
     write_notebook(project, "03_training", "print('no record')")
     with pytest.raises(RunError, match="no record at papermill_runs/smoke/03_training/metrics.json"):
         jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
+
+
+# The project's own notebooks and presets
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("notebook", jobs.PIPELINE)
+def test_presets_fit_their_notebooks(monkeypatch, notebook, preset):
+    monkeypatch.setenv("ITERA_LITE_ROOT", str(ROOT))
+    values, source = jobs.preset_parameters(notebook, preset)
+    defaults = jobs.notebook_parameters(jobs.notebook_path(notebook))
+    jobs.check_parameters(notebook, defaults, values, source)
+    jobs.check_contents(jobs.Step(notebook, Path(), values, {**defaults, **values}))
+
+
+def test_presets_belong_to_notebooks():
+    for path in (ROOT / "slurm/params").glob("*/*"):
+        assert (ROOT / "nbs" / f"{path.parent.name}.ipynb").exists() and path.name in [f"{preset}.yaml" for preset in PRESETS], path
+
+
+def cleaned(folder, keep_tags):
+    """A copy of 03_training after the real nbdev_clean."""
+    settings = (ROOT / "settings.ini").read_text()
+    assert "allowed_cell_metadata_keys = tags\n" in settings
+    (folder / "settings.ini").write_text(settings if keep_tags else settings.replace("allowed_cell_metadata_keys = tags\n", ""))
+    (folder / "nbs").mkdir()
+    shutil.copy(ROOT / "nbs/03_training.ipynb", folder / "nbs")
+    subprocess.run([BIN / "nbdev_clean", "--fname", "nbs/03_training.ipynb"], cwd=folder, check=True, capture_output=True)
+    return folder / "nbs/03_training.ipynb"
+
+
+def test_seed_arrives_through_a_cleaned_notebook(tmp_path):
+    """Cleaned as a commit does it, run as a Slurm user does it: the record states the seed that was given."""
+    notebook = cleaned(tmp_path, keep_tags=True)
+    small = {"seed": 7, "out_dir": tmp_path / "out", "max_tokens": 8192, "eval_every_tokens": 4096, "eval_tokens": 2048, "limit_documents": 200}
+    words = [word for name, value in small.items() for word in ("-p", name, str(value))]
+    run = subprocess.run([BIN / "papermill", notebook, tmp_path / "out.ipynb", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert record["run"]["seed"] == 7 and record["run"]["parameters"]["max_tokens"] == 8192 and record["results"][0]["seeds"] == [7]
+
+
+def test_cleaning_without_the_setting_is_noticed(tmp_path):
+    """What happens where settings.ini lacks its line about tags: papermill would warn and run the defaults."""
+    with pytest.raises(RunError, match="has 0 cells tagged 'parameters' and needs one; nbdev_clean strips tags"):
+        jobs.notebook_parameters(cleaned(tmp_path, keep_tags=False))
 
 
 # A run that goes on
