@@ -325,8 +325,8 @@ def other_tables(
     deeper = [name for name, v in items if isinstance(v, (dict, list)) and v and name not in single and not (alike and name in flat)]
     return tables + [t for name in deeper for t in other_tables(entry, f"{pointer}/{step(name)}", f"{title} · {name}".strip(" ·"))]
 
-# %% ../nbs/15_report.ipynb #c9c8d2e9
-README_COLUMNS = ("/file_bytes", "/ratio", "/bits_per_byte", "/perplexity_change_percent", "/speed/decode_tokens_per_s")
+# %% ../nbs/15_report.ipynb #0cd2e02e
+README_COLUMNS = ("/train_tokens", "/file_bytes", "/ratio", "/bits_per_byte", "/perplexity_change_percent", "/speed/decode_tokens_per_s")
 
 def _markdown_number(values:dict, i:int, column:Column)->str:
     "One number of a row in Markdown, with its interval."
@@ -336,15 +336,16 @@ def _markdown_number(values:dict, i:int, column:Column)->str:
 
 def readme_table(
     records:Iterable[Record]|None=None, # or entries, as `find_entries` gives them; None: the published runs
-)->str: # Markdown; records without rows are left out
+)->str: # Markdown; records that scored nothing are left out
     "The result tables of README, one for each record."
     out, published = [], runs_dir()/"published"
     if records is None: records = find_entries(published) if any(_notebook_folders(published)) else []
-    for record in (r.record if isinstance(r, Entry) else r for r in records):
-        if record is None or not record.results: continue
+    for entry in records:
+        record = entry.record if isinstance(entry, Entry) else entry
+        if record is None or not any(row.bits_per_byte for row in record.results): continue
         values, columns = record.model_dump(mode="json"), [c for c in COLUMNS if c.field in README_COLUMNS]
         columns = [c for c in columns if any(resolve(values, f"/results/{i}{c.field}") is not None for i in range(len(record.results)))]
-        about = [f"**{record.notebook}**", f"preset {record.run.preset}"] + ([record.data.corpus] if record.data else [])
+        about = [f"**{entry.key if isinstance(entry, Entry) else record.notebook}**", f"preset {record.run.preset}"] + ([record.data.corpus] if record.data else [])
         if record.baseline: about.append(f"baseline: {record.baseline}")
         if record.criteria and record.criteria.outcome: about.append(f"outcome: {record.criteria.outcome}")
         heads = ["Model"] + [c.label + (f" ({c.unit})" if c.unit else "") for c in columns]

@@ -93,7 +93,13 @@ def test_a_figure_is_drawn_in_a_browser_without_network(site):
     assert page.select_one("figcaption").text == "Squares" and page.find("math")
     overview = opened(site / "index.html")
     figures = overview.select("figure.plot")
-    assert len(figures) == 1 and all(figure.select("svg.main-svg") for figure in figures)
+    assert len(figures) == 2, "the training curve and the paired difference"
+    assert all(figure.select(".scatterlayer .trace") for figure in figures)
+
+
+def test_a_page_without_plotly_beside_it_says_so(site, tmp_path):
+    canvas = opened(Path(shutil.copy(site / "index.html", tmp_path))).select_one("figure.plot .canvas")
+    assert "plotly.min.js" in canvas.text
 
 
 def test_pages_fit_a_phone(site, tmp_path):
