@@ -123,7 +123,7 @@ def make_shards(
     if len(shards) == 1: return {"model.safetensors": shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
-# %% ../nbs/02e_checkpoint.ipynb #c966c009
+# %% ../nbs/02e_checkpoint.ipynb #a0b6940e
 OWN_FILES = rf"{WEIGHT_FILE}|^(config\.json|model\.safetensors\.index\.json|tokenizer\.json|README\.md)$"
 
 def _sync(folder:Path):
@@ -148,7 +148,7 @@ def replace_folder(
         _sync(part)
         if folder.exists(): os.rename(folder, old)
         try: os.rename(part, folder)
-        except OSError:
+        except BaseException: # Ctrl-C too
             if old.exists(): os.rename(old, folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
@@ -197,7 +197,7 @@ def read_card(
     except yaml.YAMLError as e: raise CheckpointError(f"{path}: its head is not YAML: {' '.join(str(e).split())}") from None
     return (values.get("card") or {}) if isinstance(values, dict) else {}
 
-# %% ../nbs/02e_checkpoint.ipynb #29fb8525
+# %% ../nbs/02e_checkpoint.ipynb #f46a4d2d
 def save_model(
     model:nn.Module, # plain or packed, with a `config`
     folder, # made or replaced
@@ -206,7 +206,7 @@ def save_model(
     card:dict|None=None, # facts for the model card; None: those the model was loaded with
 )->Path: # the folder
     "Write a model folder, atomically. Raises `CheckpointError`, with what was there before unchanged."
-    folder, card = Path(folder), getattr(model, "card", {}) if card is None else card
+    folder, card = Path(folder).resolve(), getattr(model, "card", {}) if card is None else card
     shards = make_shards(stored_tensors(model), max_shard_bytes)
     with replace_folder(folder) as part:
         for name, tensors in shards.items(): (part/name).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
