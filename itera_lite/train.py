@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NO_DECAY', 'MANIFEST', 'STALE', 'COLUMNS', 'SMOKE', 'TrainConfig', 'learning_rate_at', 'decay_groups',
            'bits_per_byte_factor', 'validation_windows', 'rng_state', 'set_rng_state', 'write_parts', 'read_parts',
-           'checkpoints', 'remove_leftovers', 'remove_checkpoints', 'TrainingInterrupted', 'StopSignals', 'metrics_csv',
-           'interactive', 'curve_figure', 'Progress', 'Progression', 'Trainer', 'check_fit', 'make_accelerator',
-           'identity', 'surroundings', 'differences', 'TrainResult', 'folder_lock', 'deterministic', 'train',
-           'smoke_fingerprint', 'ensure_smoke_model']
+           'checkpoints', 'where_saved', 'remove_leftovers', 'remove_checkpoints', 'TrainingInterrupted', 'StopSignals',
+           'metrics_csv', 'interactive', 'curve_figure', 'Progress', 'Progression', 'Trainer', 'check_fit',
+           'make_accelerator', 'identity', 'surroundings', 'differences', 'TrainResult', 'folder_lock', 'deterministic',
+           'train', 'library_sha256', 'ensure_smoke_model']
 
-# %% ../nbs/03_training.ipynb #1d328564
+# %% ../nbs/03_training.ipynb #cc47a82a
 import contextlib, csv, errno, fcntl, hashlib, io, json, math, os, random, shutil, signal, sys, threading, time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,9 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from tqdm import tqdm
 
+from .checkpoint import save_model
 from .core import (CheckpointError, ConfigError, DataError, IteraLiteError, TrainingError, cache_dir, first_problem,
                              portable_path, seed_everything, sha256_file, sha256_text, write_atomic, write_json)
 from .data import Batches, TokenStream, encode_documents, load_corpus, train_tokenizer
+from .model import build_model, named_config
 
 # %% ../nbs/03_training.ipynb #1dedac4a
 class TrainConfig(BaseModel):
@@ -170,7 +172,7 @@ def write_parts(
     _sync_folder(folder.parent)
     return folder
 
-# %% ../nbs/03_training.ipynb #26d44a5f
+# %% ../nbs/03_training.ipynb #f0562c00
 def read_parts(
     folder, # written by `write_parts`
 )->dict[str, bytes]: # file name → content
@@ -191,12 +193,18 @@ def read_parts(
         if hashlib.sha256(parts[name]).hexdigest() != facts["sha256"]: raise damaged(name, "has another SHA-256 than its manifest says")
     return parts
 
-# %% ../nbs/03_training.ipynb #2bec5da7
 def checkpoints(
     folder, # of the training run
 )->list[Path]: # oldest first
     "The checkpoints in a training folder; those being written or deleted do not count."
     return sorted(path for path in Path(folder).glob("checkpoint-*") if not path.name.endswith(STALE))
+
+def where_saved(
+    folder, # of the training run
+)->str:
+    "Which checkpoint is there, for messages."
+    saved = checkpoints(folder)
+    return f"{portable_path(saved[-1])} is whole" if saved else "no checkpoint had been written yet"
 
 def remove_leftovers(
     folder, # of the training run
@@ -240,7 +248,7 @@ class StopSignals:
         if self._timer: self._timer.cancel()
         for number, handler in self._before.items(): signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #a10882db
+# %% ../nbs/03_training.ipynb #27968746
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "train_bpb", "val_nll", "val_bpb", "lr", "grad_norm", "tokens_per_s") # of metrics.csv
 
 def metrics_csv(
@@ -258,7 +266,6 @@ def interactive()->bool:
     "Whether a person looks on in JupyterLab."
     return "JPY_SESSION_NAME" in os.environ and "ipykernel" in sys.modules
 
-# %% ../nbs/03_training.ipynb #2048bf87
 def curve_figure(
     rows:list[dict], # of a run's curve
     title:str="",
@@ -349,7 +356,7 @@ class Trainer:
         if config.compile: self.loss = torch.compile(self.loss)
         self.at, self.best, self.pending = Progression(), None, []
 
-# %% ../nbs/03_training.ipynb #1d56f6e8
+# %% ../nbs/03_training.ipynb #73c00200
 def check_fit(model:nn.Module, train_stream:TokenStream, config:TrainConfig)->None:
     "Refuse, in one line, a window that the model or the data cannot fill."
     settings = getattr(model, "config", None)
@@ -368,7 +375,6 @@ def make_accelerator(config:TrainConfig)->Accelerator:
     if config.precision == "fp16" and accelerator.device.type == "cpu": raise ConfigError("precision 'fp16' needs a GPU (its gradients need scaling): use 'bf16' or 'fp32' on a CPU")
     return accelerator
 
-# %% ../nbs/03_training.ipynb #1c53d254
 def identity(model:nn.Module, train_stream:TokenStream, validation_stream:TokenStream, config:TrainConfig, seed:int, accelerator:Accelerator)->dict: # flat, JSON-able
     "What a run is: settings, model, data and seed, as name → value."
     def sha(stream): return hashlib.sha256(stream.ids.numpy().tobytes()).hexdigest()
@@ -427,7 +433,7 @@ def asked_to_stop(self:Trainer, stop:StopSignals)->bool:
     if self.processes == 1: return bool(stop.received)
     return bool(self.accelerator.reduce(torch.tensor(float(bool(stop.received)), device=self.device)) > 0)
 
-# %% ../nbs/03_training.ipynb #62448b54
+# %% ../nbs/03_training.ipynb #78fbab05
 @patch
 def read_pending(self:Trainer)->list[tuple[int, float, float]]: # step, loss in nats per token, gradient norm
     "Fetch the losses and norms of the steps since the last call; a value that is not finite ends the run."
@@ -438,16 +444,10 @@ def read_pending(self:Trainer)->list[tuple[int, float, float]]: # step, loss in 
     self.pending = []
     for step, loss, norm in zip(steps, losses, norms):
         fine = math.isfinite(loss) and (math.isfinite(norm) or self.config.precision == "fp16") # there the loss scaler skips steps that overflow
-        if not fine: raise TrainingError(f"loss {loss} with gradient norm {norm} at step {step} (learning rate {learning_rate_at(step - 1, self.steps, self.config):.3g}): {self.where_saved()}; train again in a new folder with a lower learning_rate or clip_norm")
+        if not fine: raise TrainingError(f"loss {loss} with gradient norm {norm} at step {step} (learning rate {learning_rate_at(step - 1, self.steps, self.config):.3g}): {where_saved(self.folder)}; train again in a new folder with a lower learning_rate or clip_norm")
     return list(zip(steps, losses, norms))
 
-@patch
-def where_saved(self:Trainer)->str:
-    "Which checkpoint is there, for messages."
-    saved = checkpoints(self.folder)
-    return f"{portable_path(saved[-1])} is whole" if saved else "no checkpoint had been written yet"
-
-# %% ../nbs/03_training.ipynb #1e8bed68
+# %% ../nbs/03_training.ipynb #f1522fce
 @patch
 @torch.no_grad()
 def validate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None: asked to stop
@@ -461,7 +461,7 @@ def validate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None
         with self.accelerator.autocast(): cross_entropy = self.model.loss(x.to(self.device), y.to(self.device)).cross_entropy
         total += torch.stack([cross_entropy.double() * len(x), torch.tensor(float(len(x)), dtype=torch.float64, device=self.device)])
     nats, windows = self.accelerator.reduce(total, "sum").tolist()
-    if not math.isfinite(nats): raise TrainingError(f"validation loss {nats / windows} after step {self.at.step}: {self.where_saved()}; train again in a new folder with a lower learning_rate")
+    if not math.isfinite(nats): raise TrainingError(f"validation loss {nats / windows} after step {self.at.step}: {where_saved(self.folder)}; train again in a new folder with a lower learning_rate")
     return nats / windows
 
 @patch
@@ -476,7 +476,7 @@ def evaluate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None
     self.at.stopped_early = bool(self.config.patience) and self.at.bad_evaluations >= self.config.patience
     return nll
 
-# %% ../nbs/03_training.ipynb #5de47455
+# %% ../nbs/03_training.ipynb #bdb90219
 def _dump(tensors:dict|None)->bytes:
     "Tensors as the content of a safetensors file; none at all before the first validation."
     tensors = tensors or {}
@@ -495,7 +495,7 @@ def disk(self:Trainer, what:str):
     try: yield
     except OSError as e:
         remove_leftovers(self.folder)
-        raise CheckpointError(f"{what} could not be written ({e.strerror}): {self.where_saved()}; free space and start again to resume") from None
+        raise CheckpointError(f"{what} could not be written ({e.strerror}): {where_saved(self.folder)}; free space and start again to resume") from None
 
 @patch
 def save(self:Trainer)->None:
@@ -558,7 +558,7 @@ def clock(self:Trainer)->float: # seconds
     "Time spent on this run, over all its resumptions; it is only ever reported."
     return self.before + time.monotonic() - self.started
 
-# %% ../nbs/03_training.ipynb #740bddbb
+# %% ../nbs/03_training.ipynb #1add0122
 @patch
 def settle(self:Trainer, stop:StopSignals)->bool: # False: asked to stop before it was done
     "Evaluate and log what is due after a step."
@@ -582,7 +582,7 @@ def stop_now(self:Trainer, stop:StopSignals)->None:
     "Save a checkpoint of this moment and end."
     self.at.since += self.read_pending()
     self.save()
-    raise TrainingInterrupted(f"training stopped by {stop.received or 'another process'} after step {self.at.step} of {self.steps}: {self.where_saved()}; start it again with the same settings to resume")
+    raise TrainingInterrupted(f"training stopped by {stop.received or 'another process'} after step {self.at.step} of {self.steps}: {where_saved(self.folder)}; start it again with the same settings to resume")
 
 # %% ../nbs/03_training.ipynb #c94954b2
 @patch
@@ -607,7 +607,7 @@ def fit(self:Trainer, stop:StopSignals)->None:
         self.save()
     finally: self.progress.close()
 
-# %% ../nbs/03_training.ipynb #c93cfe39
+# %% ../nbs/03_training.ipynb #c61f2d3a
 @dataclass
 class TrainResult:
     "How a run ended; the best weights are in the model."
@@ -634,6 +634,17 @@ def folder_lock(
         except BlockingIOError: raise TrainingError(f"another process is training in {portable_path(path.parent)}: wait for it, or use another folder") from None
         yield
 
+@patch
+@contextlib.contextmanager
+def alone(self:Trainer):
+    "Hold the lock of this run's folder, cleared of what a kill left behind."
+    with contextlib.ExitStack() as held:
+        if self.main:
+            with self.disk("train.lock"): held.enter_context(folder_lock(self.folder/"train.lock"))
+            remove_leftovers(self.folder)
+        self.accelerator.wait_for_everyone()
+        yield
+
 @contextlib.contextmanager
 def deterministic(
     device:torch.device,
@@ -647,7 +658,7 @@ def deterministic(
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
-# %% ../nbs/03_training.ipynb #d0e61c73
+# %% ../nbs/03_training.ipynb #2f3fe278
 def train(
     model:nn.Module, # offers `loss(inputs, targets)`; ends with the best weights, in eval mode
     train_stream:TokenStream,
@@ -660,38 +671,33 @@ def train(
     """Train a model, resuming by itself; interrupted or killed at any moment it ends, on a CPU with the same threads, with the same bits.
 
     Raises TrainingInterrupted when asked to stop, TrainingError when the loss is not finite, CheckpointError for a damaged or foreign checkpoint."""
-    folder = Path(folder)
-    trainer = Trainer(model, train_stream, validation_stream, config, folder, seed, progress)
-    lock = folder_lock(folder/"train.lock") if trainer.main else contextlib.nullcontext()
-    with StopSignals() as stop, lock, deterministic(trainer.device):
-        if trainer.main: remove_leftovers(folder)
-        trainer.accelerator.wait_for_everyone()
-        resumed_from = trainer.at.step if trainer.resume() else None
+    with StopSignals() as stop:
         try:
-            if not trainer.at.finished: trainer.fit(stop)
-        except KeyboardInterrupt:
-            raise TrainingInterrupted(f"training stopped at once by {stop.received or 'Ctrl-C'} after step {trainer.at.step} of {trainer.steps}: {trainer.where_saved()}; start it again with the same settings to resume") from None
+            trainer = Trainer(model, train_stream, validation_stream, config, folder, seed, progress)
+            with trainer.alone(), deterministic(trainer.device):
+                resumed_from = trainer.at.step if trainer.resume() else None
+                if not trainer.at.finished: trainer.fit(stop)
+        except KeyboardInterrupt: # the repeated signal, wherever it came
+            raise TrainingInterrupted(f"training stopped at once by {stop.received or 'Ctrl-C'}: {where_saved(folder)}; start it again with the same settings to resume") from None
     at = trainer.at
     model.load_state_dict(trainer.best)
     model.eval()
-    return TrainResult(best_val_nll=at.best_val_nll, best_val_bpb=at.best_val_nll * trainer.val_factor, best_step=at.best_step, steps=at.step, tokens=at.step * config.tokens_per_step(trainer.processes),
-                       seconds=at.seconds, stopped_early=at.stopped_early, curve=[row for row in at.rows if row["val_nll"] is not None], resumed_from=resumed_from)
+    return TrainResult(best_val_nll=at.best_val_nll, best_val_bpb=at.best_val_nll * trainer.val_factor, best_step=at.best_step, steps=at.step,
+                       tokens=at.step * config.tokens_per_step(trainer.processes), seconds=at.seconds, stopped_early=at.stopped_early,
+                       curve=[row for row in at.rows if row["val_nll"] is not None], resumed_from=resumed_from)
 
-# %% ../nbs/03_training.ipynb #4c032e23
+# %% ../nbs/03_training.ipynb #9e5f9850
 SMOKE = dict(corpus=dict(name="stories", seed=0, limit_documents=2000), vocab_size=512, model="micro", seed=0, # the notebook's own defaults
              config=dict(max_tokens=200_000, seq_length=128, batch_size=8, learning_rate=5e-3, warmup_fraction=0.1, eval_every_tokens=50_000, eval_tokens=16_384, device="cpu"))
 
-def smoke_fingerprint()->str: # 16 hexadecimal digits
-    "What the smoke model depends on, as a short hash."
-    here = Path(__file__).parent
-    sources = {name: sha256_file(here/f"{name}.py") for name in ("data", "ssm", "moe", "model", "formats", "checkpoint", "train")}
-    return sha256_text(json.dumps([sources, SMOKE], sort_keys=True))[:16]
+def library_sha256()->str:
+    "A hash of the source of what training depends on."
+    from itera_lite import checkpoint, core, data, formats, model, moe, ssm, train # their files, wherever they are installed
+    return sha256_text("".join(sha256_file(module.__file__) for module in (checkpoint, core, data, formats, model, moe, ssm, train)))
 
 def ensure_smoke_model()->Path: # model folder
     "The cached smoke model's folder; it is trained if it is not there yet."
-    from itera_lite.checkpoint import save_model
-    from itera_lite.model import build_model, named_config
-    folder = cache_dir()/f"smoke-{smoke_fingerprint()}"
+    folder = cache_dir()/f"smoke-{sha256_text(json.dumps([library_sha256(), SMOKE]))[:16]}"
     with folder_lock(cache_dir()/"smoke.lock", wait=True):
         if (folder/"config.json").exists(): return folder
         corpus = load_corpus(**SMOKE["corpus"])
@@ -702,6 +708,6 @@ def ensure_smoke_model()->Path: # model folder
         work = folder.with_name(folder.name + "-training")
         result = train(model, *streams, TrainConfig(**SMOKE["config"]), work, SMOKE["seed"])
         made = save_model(model, work/"model", tokenizer=tokenizer, card=dict(training=f"smoke model, {result.tokens} tokens, {result.best_val_bpb:.3f} validation bits per byte"))
-        os.rename(made or work/"model", folder)
+        os.rename(made, folder)
         shutil.rmtree(work)
     return folder
