@@ -10,10 +10,10 @@ __all__ = ['HER_NAMES', 'HIS_NAMES', 'LEXICON', 'EVENTS', 'EOS', 'SOURCES', 'COR
            'Source', 'document_key', 'cut_by_hash', 'without', 'Corpus', 'documents_sha256', 'make_corpus',
            'load_corpus', 'train_tokenizer', 'unknown_share', 'TokenStream', 'encode_documents', 'Batches', 'data_info']
 
-# %% ../nbs/01_data.ipynb #d0a6aa52
+# %% ../nbs/01_data.ipynb #7e60acc5
 import bisect, functools, hashlib, itertools, math, random, re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -207,7 +207,7 @@ LEXICON = {name: Pool.zipf(words) for name, words in dict(
 ).items()}
 LEXICON["name"] = Pool([(name, names is HER_NAMES) for names in (HER_NAMES, HIS_NAMES) for name in names.split()])
 
-# %% ../nbs/01_data.ipynb #4a236840
+# %% ../nbs/01_data.ipynb #8b23118e
 @dataclass(frozen=True)
 class Event:
     "Something a character can do, in one sentence."
@@ -231,9 +231,9 @@ def event(
 
 def _full(w): return len(w.things) >= 5
 
-def _new_thing(t, w, lead=""):
+def _new_thing(t, w):
     "A thing that was not in the story before."
-    colour = t.pick(w.lexicon["colour"], lambda c: f"{lead}{article(c)} ")
+    colour = t.pick(w.lexicon["colour"], lambda c: f"{article(c)} ")
     noun = t.pick(w.lexicon["noun"].without([x.noun for x in w.things]))
     w.things.append(Thing(colour, noun))
     return w.things[-1]
@@ -498,7 +498,7 @@ def split_any(
     blocks = text.split(EOS) if EOS in text else re.split(r"\n[ \t]*\n", text)
     return [block.strip("\n") for block in blocks if block.strip()]
 
-# %% ../nbs/01_data.ipynb #ecf513bc
+# %% ../nbs/01_data.ipynb #914d3e7d
 @dataclass(frozen=True)
 class Source:
     "Where a public corpus comes from."
@@ -522,7 +522,7 @@ def _rows_to_documents(source, rows, limit):
 
 def _from_dataset(source, dataset, limit):
     "Train and test documents of a Hugging Face DatasetDict."
-    return [_rows_to_documents(source, (row["text"] for row in dataset[split]), limit) for split in ("train", source.test)]
+    return [_rows_to_documents(source, dataset[split]["text"], limit) for split in ("train", source.test)]
 
 def _local(name, folder, limit):
     "Train and test documents from a local folder; None where it holds nothing of the kind."
@@ -637,7 +637,7 @@ def make_corpus(
     return Corpus(name, source, **splits, sha256={s: documents_sha256(d) for s, d in splits.items()},
                   duplicates_removed=from_train, validation_duplicates_removed=from_validation, **facts)
 
-# %% ../nbs/01_data.ipynb #851297cd
+# %% ../nbs/01_data.ipynb #428f49c4
 STORIES_TRAIN, STORIES_TEST = 3600, 400 # documents
 
 @functools.lru_cache(maxsize=2)
@@ -665,7 +665,9 @@ def load_corpus(
 )->Corpus:
     "A corpus in three splits; raises DataError where it cannot be had or read."
     if limit_documents is not None and limit_documents < 3: raise ConfigError(f"limit_documents {limit_documents}: allowed are 3 and more, or None for all")
-    if name == "stories": return _stories(seed, min(STORIES_TRAIN, limit_documents or STORIES_TRAIN), min(STORIES_TEST, limit_documents or STORIES_TEST))
+    if name == "stories":
+        made = _stories(seed, min(STORIES_TRAIN, limit_documents or STORIES_TRAIN), min(STORIES_TEST, limit_documents or STORIES_TEST))
+        return replace(made, train=list(made.train), validation=list(made.validation), test=list(made.test)) # the cached one stays whole
     if name in SOURCES:
         (train, test), source = _public(name, data_dir, limit_documents)
         return make_corpus(name, source, train, test)
