@@ -846,7 +846,7 @@ PARTS = """
 {% endmacro %}
 """
 
-# %% ../nbs/15_report.ipynb #11c898d3
+# %% ../nbs/15_report.ipynb #8ac04f96
 OVERVIEW = """{% import 'parts.html' as parts with context %}<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{{ policy }}{{ generator }}
 <title>Itera-Lite report</title><style>{{ style }}</style><script src="plotly.min.js" defer></script></head>
@@ -862,7 +862,7 @@ OVERVIEW = """{% import 'parts.html' as parts with context %}<!DOCTYPE html>
 <td class="n">{% if e.record %}{{ number(e, '/run/seconds', 'duration') }}{% else %}<span class="dash" title="no record">–</span>{% endif %}</td>
 <td class="text">{% if ending(e) %}<span class="bad">{{ ending(e) }}</span> {% endif %}{% if e.problem %}<span class="bad">{{ e.problem }}</span>{% elif e.record %}<span class="clamp">{{ e.record.verdict }}</span> <a href="#{{ anchor(e.run, e.notebook) }}">more ↓</a>{% elif not ending(e) %}<span class="muted">no record</span>{% endif %}</td></tr>{% endfor %}
 </tbody></table></div>
-{% for block in run.figures %}<div class="pair">{{ block }}</div>{% endfor %}
+{% if run.figures %}<div class="pair">{% for figure in run.figures %}{{ figure }}{% endfor %}</div>{% endif %}
 {% for part in run.parts %}{% set e = part.entry %}
 <h3 id="{{ part.anchor }}">{{ e.notebook }}{% if e.record.criteria and e.record.criteria.outcome %} <span class="badge {{ badges[e.record.criteria.outcome] }}">{{ e.record.criteria.outcome }}</span>{% endif %}</h3>
 <p class="verdict">{{ e.record.verdict }}</p>
