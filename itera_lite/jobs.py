@@ -7,8 +7,8 @@ __all__ = ['BANNER', 'ANCHOR', 'STOP_SIGNALS', 'GRACE_SECONDS', 'KINDS', 'TRAINI
            'TruthfulManager', 'first_line', 'oom_kills', 'cause_of_death', 'TruthfulClient', 'shown', 'tidy_outputs',
            'on_stop', 'TruthfulEngine', 'notebook_path', 'notebook_parameters', 'fits', 'check_parameters',
            'preset_parameters', 'kernel_environment', 'locked', 'run_notebook', 'arrived', 'ended_well', 'finished',
-           'Step', 'default_notebooks', 'check_machine', 'plan_step', 'plan', 'check_contents', 'run_pipeline', 'say',
-           'kept', 'main', 'literal', 'exit_status']
+           'Step', 'default_notebooks', 'check_machine', 'plan_step', 'plan', 'check_contents', 'check_corpora',
+           'run_pipeline', 'say', 'kept', 'main', 'literal', 'exit_status']
 
 # %% ../nbs/13_jobs.ipynb #3578887c
 import argparse, ast, fcntl, json, os, signal, sys, threading, time
@@ -150,12 +150,13 @@ def cause_of_death(
     if returncode is not None and returncode < 0: return f"the kernel was ended by {signal.Signals(-returncode).name}"
     return f"the kernel ended by itself with status {returncode}"
 
-# %% ../nbs/13_jobs.ipynb #fcff961a
+# %% ../nbs/13_jobs.ipynb #8c6757df
 class TruthfulClient(PapermillNotebookClient):
     "Runs the cells one by one, and reports each end for what it was."
     stopped = None # the signal that asks for the end
     process = None # the kernel's
     timer = None # until the kernel is killed
+    done = False # every cell came to its end
 
     def papermill_execute_cells(self):
         "Run every cell; at the first that fails, raise `NotebookFailed`."
@@ -167,6 +168,7 @@ class TruthfulClient(PapermillNotebookClient):
             except Exception as e: raise NotebookFailed(self.nb_man.fail(self.cause_of(e), index, self.stopped)) from None
             finally: self.tidy(index)
             self.nb_man.cell_complete(cell, index)
+        self.done = True
 
     def cause_of(self, error:Exception|None)->str:
         "Why the notebook ends, in one line."
@@ -210,13 +212,14 @@ def tidy(self:TruthfulClient,
     for cells in self._display_id_map.values():
         if index in cells: cells[index] = [place[id(before[i])] for i in cells[index]]
 
-# %% ../nbs/13_jobs.ipynb #065c7ff8
+# %% ../nbs/13_jobs.ipynb #18ba3631
 @patch
 def stop(self:TruthfulClient,
     number:int, # of the signal
 ):
     "End the run: interrupt the running cell, soon kill the kernel; at a second call kill it now."
     again, self.stopped, self.shutdown_kernel = self.stopped is not None, number, "immediate"
+    if self.done: return
     self.signal_kernel(signal.SIGKILL if again else signal.SIGINT)
     if again: return
     self.timer = threading.Timer(GRACE_SECONDS, self.signal_kernel, [signal.SIGKILL])
@@ -256,7 +259,7 @@ def on_stop(
     finally:
         for s, handler in before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
-# %% ../nbs/13_jobs.ipynb #26897875
+# %% ../nbs/13_jobs.ipynb #27a5aec1
 class TruthfulEngine(NBClientEngine):
     "A papermill engine whose notebooks state how they ended; with this module imported, papermill knows it as `itera_lite`."
     @classmethod
@@ -267,15 +270,16 @@ class TruthfulEngine(NBClientEngine):
         manager = TruthfulManager(nb, output_path, log_output, progress_bar, autosave_cell_every, title)
         client = TruthfulClient(manager, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout, log=logger, log_output=log_output,
                                 stdout_file=stdout_file, stderr_file=stderr_file, extra_arguments=["--log-level=ERROR"])
-        manager.notebook_start()
-        try:
-            with on_stop(client.stop): client.execute(**start)
-        except NotebookFailed: pass # marked already
-        except Exception as e: manager.fail(client.cause_of(e), signal=client.stopped) # the kernel did not start, or the report cannot be written
-        finally:
+        with on_stop(client.stop):
+            manager.notebook_start()
+            try: client.execute(**start)
+            except NotebookFailed: pass # marked already
+            except Exception as e: # the kernel did not start, or the report cannot be written
+                if not client.done: manager.fail(client.cause_of(e), signal=client.stopped)
             client.clear_away()
             try: manager.notebook_complete()
             except OSError as e: raise RunError(f"{title}: {portable_path(output_path)} cannot be written ({e.strerror}); on disk is the notebook as it was last saved") from None
+        if client.stopped and not manager.failure: manager.failure = Failure(f"{client.cause_of(None)} after its last cell", signal=client.stopped)
         if manager.failure: raise NotebookFailed(manager.failure, title)
         return nb
 
@@ -353,7 +357,7 @@ def preset_parameters(
     if not isinstance(values, dict): raise ConfigError(f"{source} must hold NAME: VALUE lines")
     return values, source
 
-# %% ../nbs/13_jobs.ipynb #73cf9212
+# %% ../nbs/13_jobs.ipynb #6bc2e06a
 def kernel_environment(
     data_dir:str="", # folder with local text; "" leaves ITERA_LITE_DATA as it is
     pictures:bool=True, # store figures as pictures too, where this machine can draw them
@@ -361,7 +365,7 @@ def kernel_environment(
     "The environment variables of a notebook's kernel."
     renderer = "plotly_mimetype+png" if pictures and can_draw().ok else "plotly_mimetype"
     env = {"PLOTLY_RENDERER": renderer, **os.environ, "ITERA_LITE_ROOT": str(project_root())}
-    if data_dir: env["ITERA_LITE_DATA"] = str(Path(data_dir).expanduser().resolve())
+    if data_dir: env["ITERA_LITE_DATA"] = str(Path(data_dir).resolve())
     return env
 
 @contextmanager
@@ -377,7 +381,7 @@ def locked(
         except OSError as e: print(f"this file system has no locks ({e.strerror}): see that no other process runs in {portable_path(folder)}", file=sys.stderr)
         yield
 
-# %% ../nbs/13_jobs.ipynb #a6b96466
+# %% ../nbs/13_jobs.ipynb #902d2d2a
 def run_notebook(
     notebook:str, # name, number, or path to an .ipynb file
     folder, # gets report.ipynb, params.yaml, metrics.json; made if missing
@@ -390,7 +394,7 @@ def run_notebook(
     "Run one notebook in a folder; raise `NotebookFailed` with the failing cell, or `RunError` if it left no valid record."
     path, folder = notebook_path(notebook), project_path(folder)
     defaults = notebook_parameters(path)
-    given = {**(parameters or {}), "out_dir": portable_path(folder)}
+    given = {name: _portable_value(value) for name, value in {**(parameters or {}), "out_dir": folder}.items()}
     check_parameters(path.stem, defaults, given)
     with locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -409,16 +413,16 @@ def arrived(
 )->Record: # the same
     "Raise `RunError` if a notebook's record states other parameters than it was given."
     used = record.run.parameters
-    lost = [f"{k}={v!r} became {used[k]!r}" for k, v in given.items() if k != "out_dir" and k in used and used[k] != _as_json(v)]
+    lost = [f"{k}={v!r} became {used[k]!r}" for k, v in given.items() if k != "out_dir" and k in used and used[k] != _portable_value(v)]
     if lost: raise RunError(f"{record.notebook} did not use what it was given: {', '.join(lost)}; is its parameters cell still tagged, and is nothing assigned after it?")
     return record
 
-def _as_json(value):
-    "A parameter as a record gives it back: tuples become lists, paths portable."
-    if isinstance(value, (list, tuple)): return [_as_json(v) for v in value]
-    return portable_path(value) if isinstance(value, str) and os.path.isabs(value) else value
+def _portable_value(value):
+    "A parameter as a record gives it back: tuples become lists, paths relative to the project's folder where they lie in it."
+    if isinstance(value, (list, tuple)): return [_portable_value(v) for v in value]
+    return portable_path(value) if isinstance(value, (str, Path)) and os.path.isabs(value) else value
 
-# %% ../nbs/13_jobs.ipynb #2c02f3f8
+# %% ../nbs/13_jobs.ipynb #224d8176
 def ended_well(
     report:Path, # an executed notebook
 )->bool:
@@ -441,7 +445,7 @@ def finished(
     except (IteraLiteError, OSError, yaml.YAMLError): return None
     gone = [row.artifact for row in record.results if row.artifact and not (folder/row.artifact).exists()]
     if gone: return None
-    changed = [k for k in {**before, **settings} if k != "out_dir" and before.get(k) != _as_json(settings.get(k))]
+    changed = [k for k in {**before, **settings} if k != "out_dir" and before.get(k) != _portable_value(settings.get(k))]
     if changed:
         what = ", ".join(f"{k}={before.get(k)!r} and now {settings.get(k)!r}" for k in changed)
         raise ConfigError(f"{record.notebook} is finished in {portable_path(folder)} with {what}: name another run folder, or remove this one to run it again")
@@ -474,7 +478,7 @@ def check_machine(
         if not ability.ok: raise RunError(f"cannot run notebooks here, {ability.name}: {ability.detail}")
     if preset == "gpu" and not can_cuda().ok: raise RunError(f"preset gpu needs CUDA: {can_cuda().detail}; `itera-lite doctor` says what this machine can run")
 
-# %% ../nbs/13_jobs.ipynb #72e6e281
+# %% ../nbs/13_jobs.ipynb #0b9ed801
 def plan_step(
     notebook:str, # name, number or path
     preset:str, # one of `PRESETS`
@@ -510,9 +514,10 @@ def plan(
     for step in steps: check_contents(step, data_dir)
     check_machine(preset)
     for step in steps: step.record = finished(step.folder, step.settings)
+    check_corpora([step for step in steps if not step.record], data_dir)
     return steps
 
-# %% ../nbs/13_jobs.ipynb #e47fd2b2
+# %% ../nbs/13_jobs.ipynb #0a90055d
 def check_contents(
     step:Step, # to be checked
     data_dir:str="", # folder with local text
@@ -524,12 +529,21 @@ def check_contents(
         named_config(model)
     if corpus:
         from itera_lite.data import CORPORA
-        root = data_root(str(Path(data_dir).resolve()) if data_dir else "")
-        places = [folder/corpus for folder in (root, project_root()) if folder]
+        places = [folder/corpus for folder in (data_root(step.settings.get("data_dir") or data_dir), project_root()) if folder]
         if corpus not in CORPORA and not any(place.exists() for place in places):
             raise unknown("corpus", corpus, CORPORA, hint="a text file or a folder of .txt files does too", error=DataError)
 
-# %% ../nbs/13_jobs.ipynb #dbfaa9ba
+def check_corpora(
+    steps:list[Step], # that will run
+    data_dir:str="", # folder with local text
+)->None:
+    "Raise `DataError` for a corpus that cannot be had."
+    from itera_lite.data import load_corpus
+    needed = {(step.settings.get("corpus"), step.settings.get("data_dir") or data_dir) for step in steps}
+    for corpus, folder in needed:
+        if corpus and corpus != "stories": load_corpus(corpus, folder, limit_documents=1000)
+
+# %% ../nbs/13_jobs.ipynb #6d380e4f
 def run_pipeline(
     preset:str="smoke", # one of `PRESETS`
     notebooks:list[str]|None=None, # names or numbers; None: those of the preset
@@ -546,6 +560,7 @@ def run_pipeline(
     wanted = {**(parameters or {}), **({"model": model} if model else {})}
     data_dir = wanted.pop("data_dir", "") or data_dir
     if data_dir and not Path(data_dir).expanduser().is_dir(): raise ConfigError(f"data_dir '{data_dir}': no such folder")
+    data_dir = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
     steps = plan(preset, default_notebooks(preset) if notebooks is None else notebooks, run, wanted, data_dir)
     retrained = False
     for step in steps:
@@ -575,7 +590,7 @@ def kept(
     by = "" if commit == now else f" at commit {(commit or 'unknown')[:10]}, now {(now or 'unknown')[:10]} (remove its folder to run it again)"
     return f"finished {record.run.started:%Y-%m-%d %H:%M} UTC{by}"
 
-# %% ../nbs/13_jobs.ipynb #2025392e
+# %% ../nbs/13_jobs.ipynb #3e1646e8
 def main(
     argv:list[str]|None=None, # words of the command line; None: the process's own
 )->int: # exit status
@@ -595,6 +610,9 @@ def main(
     except IteraLiteError as e:
         say(f"error: {e}")
         return exit_status(e)
+    except KeyboardInterrupt:
+        say("error: stopped by SIGINT while no notebook was running")
+        return 128 + signal.SIGINT
     say(f"finished: {portable_path(run)}")
     return 0
 
