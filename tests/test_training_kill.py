@@ -30,6 +30,7 @@ KINDS = ("line", "save", "time", "disk", "SIGINT", "save", "line", "disk", "save
 ATTEMPTS = 5  # in one run; after that it is left alone, and compared
 SAVING = {"save", "write_parts", "_sync_folder", "_dump", "_canonical", "remove_checkpoints", "remove_leftovers"}
 STEPS, DISK_BYTES = 24, 4_000_000
+LIMIT = 5 * max(1, os.getloadavg()[0] / os.cpu_count())  # seconds in which Ctrl-C ends training, where others leave it a core
 
 
 # --- in the helper process
@@ -45,7 +46,7 @@ def training():
     from itera_lite.train import TrainConfig
 
     seed_everything(1)
-    ids = torch.randint(1, 17, (420,)).cumsum(0) % 17
+    ids = torch.randint(1, 3, (420,)).cumsum(0) % 17
     stream = TokenStream(ids=ids, starts=torch.tensor([0]), bytes=torch.tensor([1000]))
     fields = {"vocab_size": 17, "hidden_size": 8, "num_layers": 2, "expert_size": 8, "max_seq_length": 16, "dropout": 0.1}
     config = TrainConfig(
@@ -231,10 +232,10 @@ def check_ending(kind, outcome):
         assert outcome["error"] == "CheckpointError" and "could not be written" in outcome["message"], outcome
         assert "\n" not in outcome["message"]
     elif kind in ("SIGINT", "SIGTERM") and outcome.get("signal") == signal.Signals[kind]:
-        assert outcome["ended_after"] < 5  # it came before training began
+        assert outcome["ended_after"] < LIMIT  # it came before training began
     elif kind in ("SIGINT", "SIGTERM") and "error" in outcome:
         assert outcome["error"] == "TrainingInterrupted" and "to resume" in outcome["message"], outcome
-        assert outcome["ended_after"] < 5
+        assert outcome["ended_after"] < LIMIT
     else:
         assert "weights" in outcome, outcome
         return False

@@ -1,0 +1,106 @@
+"""Training on several processes, started by torchrun on the CPU: what one process computes with the batch of both, also when resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def toy():
+    """A small dense model, its text and the settings of one process; no experts, whose balancing loss depends on how a batch is shared."""
+    import torch
+
+    from itera_lite.core import seed_everything
+    from itera_lite.data import TokenStream
+    from itera_lite.model import build_model, named_config
+
+    seed_everything(1)
+    ids = torch.randint(1, 3, (900,)).cumsum(0) % 17
+    stream = TokenStream(ids=ids, starts=torch.tensor([0]), bytes=torch.tensor([2000]))
+    fields = {"vocab_size": 17, "hidden_size": 8, "num_layers": 2, "num_experts": 0, "top_k_experts": 0, "moe_layers": (), "max_seq_length": 16}
+    return build_model(named_config("micro", **fields)), stream
+
+
+def train_toy(folder, batch_size, looks=None, steps=12):
+    """Train the toy; with `looks`, ask it to stop when it has looked for a request so many times. The curve's losses and the weights."""
+    from itera_lite import train
+
+    model, stream = toy()
+    config = train.TrainConfig(
+        max_tokens=steps * 16 * 16,
+        seq_length=16,
+        batch_size=batch_size,
+        grad_accumulation=2,
+        learning_rate=0.02,
+        eval_every_tokens=3 * 256,
+        eval_tokens=640,
+        log_every_steps=1,
+        checkpoint_every_steps=5,
+        device="cpu",
+    )
+    trainer = train.Trainer(model, stream, stream, config, folder, seed=3, progress=False)
+    stop = train.StopSignals()
+    if looks is not None:
+        asked = iter(range(looks))
+        stop = type("Asked", (), {"received": property(lambda self: None if next(asked, None) is not None else "SIGTERM")})()
+    with trainer.alone(), train.deterministic(trainer.device):
+        trainer.resume()
+        try:
+            trainer.fit(stop)
+        except train.TrainingInterrupted:
+            return trainer.at.step
+    losses = [[row["step"], row["train_loss"], row["val_nll"]] for row in trainer.at.rows]
+    return {"losses": losses, "weights": [p.detach().flatten().tolist() for p in model.parameters()], "processes": trainer.processes}
+
+
+def each_process(folder):
+    """What torchrun starts twice: an undisturbed run, and one that is asked to stop in the middle of a step, then resumed."""
+    alone = train_toy(folder / "alone", batch_size=4)
+    stopped_at = train_toy(folder / "stopped", batch_size=4, looks=16)
+    resumed = train_toy(folder / "stopped", batch_size=4)
+    rank = os.environ["RANK"]
+    (folder / f"{rank}.json").write_text(json.dumps({"alone": alone, "stopped_at": stopped_at, "resumed": resumed}))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(folder)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the two processes
+    one = train_toy(tmp_path / "one", batch_size=8)
+    torch.set_num_threads(threads)
+    two = two_processes[0]["alone"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one["losses"]) == len(two["losses"]) == 13
+    for a, b in zip(one["losses"], two["losses"], strict=True):
+        assert a[0] == b[0]
+        assert all(x == y or abs(x - y) < 1e-4 for x, y in zip(a[1:], b[1:], strict=True)), (a, b)
+    assert one["losses"][-1][2] < one["losses"][0][2] - 0.1, "nothing was learnt"
+    assert max(abs(x - y) for p, q in zip(one["weights"], two["weights"], strict=True) for x, y in zip(p, q, strict=True)) < 1e-3
+
+
+def test_both_processes_hold_the_same_weights(two_processes):
+    assert two_processes[0]["alone"]["weights"] == two_processes[1]["alone"]["weights"]
+
+
+def test_stopped_and_resumed_on_two_processes_gives_the_same_bits(two_processes):
+    for outcome in two_processes:
+        assert 0 < outcome["stopped_at"] < 12
+        assert outcome["resumed"] == outcome["alone"]
+
+
+if __name__ == "__main__":
+    each_process(Path(sys.argv[1]))
