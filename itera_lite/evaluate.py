@@ -14,7 +14,7 @@ __all__ = ['FUSED', 'ELEMENTWISE', 'REDUCTIONS', 'FREE', 'KERNELS', 'KINDS', 'Me
            'ClozeItem', 'cloze_items', 'cloze', 'distinct_n', 'repetition', 'samples', 'embedding_noise', 'noise',
            'stories', 'ValidationReport', 'paired_accuracy', 'validate', 'validation_report', 'span', 'validation_text']
 
-# %% ../nbs/04_evaluation.ipynb #36b9077e
+# %% ../nbs/04_evaluation.ipynb #9ac22f72
 import importlib.util, json, math, os, re, resource, subprocess, sys, tempfile, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .core import (CheckpointError, ConfigError, DataError, Energy, IteraLiteErr
                              first_problem, portable_path, project_path, unknown, write_json)
 from .checkpoint import load_model, load_tokenizer, model_bytes, weights_sha256
 from .data import EOS, Corpus, encode_documents, load_corpus, unknown_share
-from .formats import tensor_precisions
+from .formats import PackedModule, tensor_precisions, tensor_shapes
 from .model import build_model, generate_text
 
 # %% ../nbs/04_evaluation.ipynb #a7d58655
@@ -358,7 +358,7 @@ def flops_per_token(model:nn.Module, seq_length:int=128, training:bool=False) ->
     "FLOPs per token as executed; see `flops`."
     return flops(model, seq_length, training)["per_token"]
 
-# %% ../nbs/04_evaluation.ipynb #af8debc2
+# %% ../nbs/04_evaluation.ipynb #ab7cf721
 class Decoder:
     "Greedy decoding at batch 1, one token per call; starts again from the prompt when the model's positions run out."
     def __init__(self, model:nn.Module, prompt:Tensor, limit:int):  # prompt (1,L); limit: positions in all
@@ -404,7 +404,8 @@ def speed(
         decode = Timer("decoder()", globals={"decoder": decoder}, num_threads=threads).blocked_autorange(min_run_time=seconds)
     (prefill_rate, _), (decode_rate, iqr) = rate(prefill, length), rate(decode, 1)
     p50, p95 = 1000 * np.quantile(decoder.seconds, (0.5, 0.95))
-    return Speed(backend="torch", storage=storage, threads=threads, prefill_tokens_per_s=prefill_rate, decode_tokens_per_s=decode_rate, iqr=iqr, p50_ms=p50, p95_ms=p95)
+    fallback = "torch computes in floating point: packed weights are decoded each time they are used" if any(isinstance(m, PackedModule) for m in model.modules()) else None
+    return Speed(backend="torch", storage=storage, fallback=fallback, threads=threads, prefill_tokens_per_s=prefill_rate, decode_tokens_per_s=decode_rate, iqr=iqr, p50_ms=p50, p95_ms=p95)
 
 # %% ../nbs/04_evaluation.ipynb #ff5fdc3f
 def peak_rss_bytes() -> int:
@@ -476,7 +477,7 @@ def make_request(**values) -> EvaluationRequest:
         if probe not in PROBES: raise unknown("probe", probe, PROBES)
     return request
 
-# %% ../nbs/04_evaluation.ipynb #6277ac4a
+# %% ../nbs/04_evaluation.ipynb #70e8f6cf
 def documents_of(request:EvaluationRequest) -> list[str]:
     "The text a request asks for."
     if request.documents is not None: docs = request.documents
@@ -484,7 +485,7 @@ def documents_of(request:EvaluationRequest) -> list[str]:
     return docs[:request.limit_documents]
 
 def parameter_count(config) -> int:
-    "Numbers in a model of this configuration, tied ones once; independent of how they are stored."
+    "Numbers in a model of this configuration, tied ones once; nothing is allocated."
     with torch.device("meta"): return sum(p.numel() for p in build_model(config).parameters())
 
 def storage_name(model:nn.Module) -> str:
@@ -509,7 +510,7 @@ def embedding_cosine(model:nn.Module, baseline:nn.Module) -> dict|None:
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
     return {"mean": cosine.mean().item(), "p05": cosine.quantile(0.05).item(), "min": cosine.min().item()}
 
-# %% ../nbs/04_evaluation.ipynb #37d5e64d
+# %% ../nbs/04_evaluation.ipynb #7ba730e2
 def answer_request(request:EvaluationRequest) -> dict:
     "Do what a request asks, in this process. Only meaningful in a fresh one."
     imports = peak_rss_bytes()
@@ -518,7 +519,7 @@ def answer_request(request:EvaluationRequest) -> dict:
     model, tokenizer = load_model(request.folder, device=request.device).eval(), load_tokenizer(request.folder)
     file_bytes, folder_bytes = model_bytes(request.folder)
     answer = {"folder": request.folder, "weights_sha256": weights_sha256(request.folder), "file_bytes": file_bytes, "folder_bytes": folder_bytes,
-              "parameters": parameter_count(model.config), "storage": storage_name(model), "threads": torch.get_num_threads(), "load_seconds": time.perf_counter() - started}
+              "parameters": sum(map(math.prod, tensor_shapes(model).values())), "storage": storage_name(model), "threads": torch.get_num_threads(), "load_seconds": time.perf_counter() - started}
     # memory first: the peak of loading and of serving one prompt, before anything larger has run
     if "speed" in request.measure: answer["speed"] = speed(model, request.seq_length, request.speed_seconds, answer["storage"], request.seed).model_dump()
     elif "memory" in request.measure: speed(model, request.seq_length, 0.01)
@@ -692,7 +693,7 @@ def samples(model:nn.Module, tokenizer, docs:list[str], request:EvaluationReques
     return {"distinct": {str(n): distinct_n(texts, n) for n in (1, 2, 3)}, "repetition_4": repetition(texts),
             "mean_words": sum(len(t.split()) for t in texts) / max(1, len(texts)), "prompts": {p: ts[0] if ts else "" for p, ts in written.items()}}
 
-# %% ../nbs/04_evaluation.ipynb #b91580df
+# %% ../nbs/04_evaluation.ipynb #076c98f6
 @contextmanager
 def embedding_noise(model:nn.Module, sigma:float, seed:int):
     "Gaussian noise on token embeddings, `sigma` times their root mean square."
@@ -723,7 +724,7 @@ def noise(model:nn.Module, tokenizer, docs:list[str], request:EvaluationRequest,
 @probe
 def stories(model:nn.Module, tokenizer, docs:list[str], request:EvaluationRequest, documents:int=50) -> dict:
     "Quality on text that the library generates itself: a figure that anybody can check, whatever corpus the model was made for."
-    score = score_documents(model, tokenizer, load_corpus("stories").test[:documents], request.window, request.batch_size)
+    score = score_documents(model, tokenizer, load_corpus("stories", limit_documents=documents).test, request.window, request.batch_size)
     return {"documents": documents, "bits_per_byte": bits_per_byte(score), "perplexity": perplexity(score)}
 
 # %% ../nbs/04_evaluation.ipynb #4495fef7

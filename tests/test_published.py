@@ -1,0 +1,122 @@
+"""A published figure is what the published folder still scores, in a process that knows nothing but the folder."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from itera_lite.checkpoint import model_bytes, save_model, weights_sha256
+from itera_lite.core import DataError, Record
+from itera_lite.data import load_corpus, train_tokenizer
+from itera_lite.evaluate import DocScores, EvaluationError, evaluate_folder, row_from_folder, score_documents, validate
+from itera_lite.model import build_model, named_config
+
+ROOT = Path(__file__).resolve().parents[1]
+# another processor sums in another order, and a router may choose the other of two equal experts; a wrong model is off by far more
+TOLERANCE = 1e-4
+ROWS = 3  # of each record, from the top
+
+
+def published():
+    """(record's folder, row) for the first rows with an artifact of every published record."""
+    found = []
+    for path in sorted((ROOT / "papermill_runs/published").rglob("metrics.json")):
+        rows = [row for row in Record.read(path).results if row.status == "ok" and row.artifact and row.bits_per_byte]
+        name = path.parent.relative_to(ROOT / "papermill_runs/published")
+        found += [pytest.param(path.parent, row, id=f"{name}:{row.name}") for row in rows[:ROWS]]
+    nothing = pytest.mark.skip(reason="papermill_runs/published holds no record with an artifact: nothing has been published yet")
+    return found or [pytest.param(None, None, id="none", marks=nothing)]
+
+
+def text_of(record):
+    """The documents a record's figures are about, or None where that text cannot be had here."""
+    try:
+        corpus = load_corpus(record.data.corpus, seed=record.run.seed)
+    except DataError:
+        return None
+    if corpus.sha256["test"] == record.data.sha256["test"]:
+        documents = corpus.test
+    else:  # the record read the first documents of each file only
+        limit = record.run.parameters.get("limit_documents")
+        documents = load_corpus(record.data.corpus, seed=record.run.seed, limit_documents=limit).test
+    ends = np.cumsum([len(d.encode()) for d in documents])
+    assert record.data.eval_bytes in ends, "the corpus at hand is not the one of the record: no number of its first documents has as many bytes"
+    return documents[: int(np.searchsorted(ends, record.data.eval_bytes)) + 1]
+
+
+@pytest.mark.parametrize("folder, row", published())
+def test_published_artifact_is_what_its_row_says(folder, row):
+    artifact = folder / row.artifact
+    assert weights_sha256(artifact) == row.artifact_sha256
+    assert model_bytes(artifact)[0] == row.file_bytes
+
+
+@pytest.mark.parametrize("folder, row", published())
+def test_published_folder_gives_the_published_figure(folder, row):
+    record = Record.read(folder)
+    documents = text_of(record)
+    if documents is not None:
+        answer = evaluate_folder(folder / row.artifact, documents=documents, measure=["quality"])
+        again = row_from_folder(row.name, row.technique, folder / row.artifact, answer=answer, bootstrap_samples=2)
+        assert math.isclose(again.bits_per_byte, row.bits_per_byte, rel_tol=TOLERANCE)
+        assert math.isclose(again.perplexity, row.perplexity, rel_tol=10 * TOLERANCE)
+        return
+    # Without the corpus: on the text that the library generates itself, against the record's figure where it has one;
+    # where it has none the folder must still load and score.
+    answer = evaluate_folder(folder / row.artifact, measure=[], probes=["stories"], documents=[])["stories"]
+    stated = record.extra.get("stories", {}).get(row.name, answer)
+    assert answer["documents"] == stated["documents"]
+    assert math.isclose(answer["bits_per_byte"], stated["bits_per_byte"], rel_tol=TOLERANCE)
+
+
+def test_something_published_can_be_checked_without_its_corpus():
+    records = [Record.read(path) for path in sorted((ROOT / "papermill_runs/published").rglob("metrics.json"))]
+    if not any(row.artifact for record in records for row in record.results):
+        pytest.skip("papermill_runs/published holds no record with an artifact: nothing has been published yet")
+    checkable = [row.name for record in records for row in record.results if row.artifact and row.name in record.extra.get("stories", {})]
+    assert checkable, "no published record has a figure on `stories`; 04_evaluation writes one for its rows"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model folder made here, its model, tokenizer and a little text."""
+    folder = tmp_path_factory.mktemp("made") / "model"
+    corpus = load_corpus("stories", limit_documents=60)
+    tokenizer = train_tokenizer(corpus.train, 320)
+    model = build_model(named_config("micro", vocab_size=320)).eval()
+    save_model(model, folder, tokenizer=tokenizer)
+    return folder, model, tokenizer, corpus
+
+
+def test_a_folder_scores_the_same_in_any_process(made):
+    folder, model, tokenizer, corpus = made
+    here = score_documents(model, tokenizer, corpus.test[:20])
+    by_name = evaluate_folder(folder, "stories", limit_documents=20, measure=["quality", "memory"])
+    by_text = evaluate_folder(folder, corpus, limit_documents=20, measure=["quality"])
+    assert by_name["scores"] == by_text["scores"], "two processes, one result, whoever read the text"
+    there = DocScores.of(by_name["scores"])
+    assert np.allclose(there.nll, here.nll, rtol=1e-5) and (there.tokens == here.tokens).all()
+    assert by_name["file_bytes"] == model_bytes(folder)[0] and by_name["peak_rss_bytes"] > by_name["imports_rss_bytes"] > 0
+
+
+def test_a_damaged_folder_is_refused_in_one_line(made, tmp_path):
+    folder, model, tokenizer, corpus = made
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(EvaluationError) as caught:
+        evaluate_folder(tmp_path, corpus, limit_documents=2)
+    assert "\n" not in str(caught.value) and "model.safetensors" in str(caught.value)
+    assert "Traceback" in caught.value.__notes__[0], "the other process' traceback comes along, for --debug"
+
+
+def test_validate_finds_a_model_equal_to_itself(made):
+    folder, *_, corpus = made
+    report = validate(folder, folder, corpus=corpus, speed_seconds=0.05, compare_documents=3, bootstrap_samples=50)
+    row = report.model
+    assert row.ratio == 1 and row.kl_to_baseline == 0 and row.top1_agreement == 1 and row.perplexity_change_ci95 == [0, 0]
+    assert report.cloze["paired"]["difference"] == 0 and report.embedding_cosine["min"] > 1 - 1e-6
+    assert re.search(r"ratio 1\.000", str(report)) and report.samples["model"]["prompts"] == report.samples["baseline"]["prompts"]
