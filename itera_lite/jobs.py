@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BANNER', 'ANCHOR', 'STOP_SIGNALS', 'GRACE_SECONDS', 'KINDS', 'TRAINING', 'PIPELINE', 'Failure', 'NotebookFailed',
-           'TruthfulManager', 'first_line', 'oom_kills', 'cause_of_death', 'TruthfulClient', 'shown', 'tidy_outputs',
-           'on_stop', 'TruthfulEngine', 'notebook_path', 'notebook_parameters', 'fits', 'check_parameters',
-           'preset_parameters', 'kernel_environment', 'locked', 'run_notebook', 'arrived', 'ended_well', 'finished',
-           'Step', 'default_notebooks', 'check_machine', 'plan_step', 'plan', 'check_contents', 'check_corpora',
-           'run_pipeline', 'say', 'kept', 'main', 'literal', 'exit_status']
+           'TruthfulManager', 'first_line', 'oom_kills', 'cause_of_death', 'shown', 'TruthfulClient', 'on_stop',
+           'TruthfulEngine', 'notebook_path', 'notebook_parameters', 'fits', 'check_parameters', 'preset_parameters',
+           'kernel_environment', 'locked', 'run_notebook', 'arrived', 'ended_well', 'finished', 'Step',
+           'default_notebooks', 'check_machine', 'plan_step', 'plan', 'check_contents', 'check_corpora', 'run_pipeline',
+           'say', 'kept', 'main', 'literal', 'exit_status']
 
 # %% ../nbs/13_jobs.ipynb #3578887c
 import argparse, ast, fcntl, json, os, signal, sys, threading, time
@@ -49,12 +49,18 @@ class NotebookFailed(RunError):
         self.failure = failure
         super().__init__(f"{notebook} failed {failure}" if failure.cell else f"{notebook} failed: {failure}")
 
-# %% ../nbs/13_jobs.ipynb #8990dff4
+# %% ../nbs/13_jobs.ipynb #e0406f5c
 class TruthfulManager(NotebookExecutionManager):
     "Papermill's bookkeeping of a notebook's cells, written atomically, with nothing called completed that was not."
     def __init__(self, nb, output_path=None, log_output=False, progress_bar=True, autosave_cell_every=10, title=""):
         super().__init__(nb, output_path=output_path, log_output=log_output, progress_bar=False, autosave_cell_every=autosave_cell_every)
-        self.title, self.progress, self.total, self.failure = title, bool(progress_bar), len(nb.cells), None
+        self.title, self.progress, self.failure = title, bool(progress_bar), None
+        self.injected = next((i for i, cell in enumerate(nb.cells) if "injected-parameters" in cell.metadata.get("tags", [])), len(nb.cells))
+        self.total = self.number(len(nb.cells) - 1)
+
+    def number(self, cell_index:int)->int:
+        "A cell's position in the source notebook, from 1: there papermill's injected cell is not."
+        return cell_index + 1 - (cell_index > self.injected)
 
     def save(self, **kwargs):
         "Write the notebook as it stands."
@@ -64,14 +70,14 @@ class TruthfulManager(NotebookExecutionManager):
     def cell_start(self, cell, cell_index=None, **kwargs):
         "Mark a cell as running; write the file and a line of progress if it holds code."
         cell.metadata.papermill.update(start_time=self.now().isoformat(), status=self.RUNNING, exception=False)
-        if cell.cell_type == "code":
-            self.save()
-            self._say(f"{self.title} cell {cell_index + 1}/{self.total} {first_line(cell.source)[:60]} ")
+        if cell.cell_type != "code": return
+        self.save()
+        if cell_index != self.injected: self._say(f"{self.title} cell {self.number(cell_index)}/{self.total} {first_line(cell.source)[:60]} ")
 
     def cell_complete(self, cell, cell_index=None, **kwargs):
         "Mark a cell that came to its end."
         seconds = self._end(cell, self.COMPLETED)
-        if cell.cell_type == "code": self._say(f" {seconds:.1f} s\n")
+        if cell.cell_type == "code" and cell_index != self.injected: self._say(f" {seconds:.1f} s\n")
 
     def _end(self, cell, status:str)->float:
         "Close a cell's times; give its duration in seconds."
@@ -90,7 +96,7 @@ def first_line(
     lines = [line.strip() for line in source.splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
 
-# %% ../nbs/13_jobs.ipynb #da6528e7
+# %% ../nbs/13_jobs.ipynb #5b1fc6b5
 BANNER = '<span style="color:red; font-size:1.5em;">This notebook failed {where}: {cause}</span>'
 ANCHOR = '<span id="papermill-error-cell" style="color:red; font-size:1.5em;">It stopped in the cell below.</span>'
 
@@ -113,8 +119,7 @@ def fail(self:TruthfulManager,
     if cell_index is None: self.failure = Failure(cause, signal=signal)
     else:
         cell = self.nb.cells[cell_index]
-        injected = sum("injected-parameters" in c.metadata.get("tags", []) for c in self.nb.cells[:cell_index])
-        self.failure = Failure(cause, cell_index + 1 - injected, first_line(cell.source), signal)
+        self.failure = Failure(cause, self.number(cell_index), first_line(cell.source), signal)
         self._end(cell, self.FAILED)
         if not any(o.output_type == "error" for o in cell.outputs):
             cell.outputs.append(nbformat.v4.new_output("error", ename="NotebookFailed", evalue=cause, traceback=[f"NotebookFailed: {cause}"]))
@@ -150,7 +155,15 @@ def cause_of_death(
     if returncode is not None and returncode < 0: return f"the kernel was ended by {signal.Signals(-returncode).name}"
     return f"the kernel ended by itself with status {returncode}"
 
-# %% ../nbs/13_jobs.ipynb #8c6757df
+# %% ../nbs/13_jobs.ipynb #9774f625
+def shown(
+    text:str, # that was printed
+)->str:
+    "What a terminal shows of a text in which carriage returns write lines over; one at the very end is kept, as more may follow."
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join(lines) + ("\r" if text.endswith("\r") else "")
+
+# %% ../nbs/13_jobs.ipynb #c13fcba2
 class TruthfulClient(PapermillNotebookClient):
     "Runs the cells one by one, and reports each end for what it was."
     stopped = None # the signal that asks for the end
@@ -163,12 +176,26 @@ class TruthfulClient(PapermillNotebookClient):
         self.process, self.oom_kills = self.km.provisioner.process, oom_kills()
         for index, cell in enumerate(self.nb.cells):
             if self.stopped: raise NotebookFailed(self.nb_man.fail(self.cause_of(None), signal=self.stopped))
-            self.nb_man.cell_start(cell, index)
-            try: self.execute_cell(cell, index)
-            except Exception as e: raise NotebookFailed(self.nb_man.fail(self.cause_of(e), index, self.stopped)) from None
-            finally: self.tidy(index)
+            try:
+                self.nb_man.cell_start(cell, index)
+                self.execute_cell(cell, index)
+            except Exception as e:
+                if self.stopped: self.signal_kernel(signal.SIGKILL) # before jupyter_client's shutdown interrupts the kernel's children, too
+                raise NotebookFailed(self.nb_man.fail(self.cause_of(e), index, self.stopped)) from None
             self.nb_man.cell_complete(cell, index)
         self.done = True
+
+    def output(self, outs, msg, display_id, cell_index):
+        "Take an output in; printed text goes on where the last piece of it ended."
+        out = super().output(outs, msg, display_id, cell_index)
+        if out is None or out.output_type != "stream": return out
+        last = outs[-2] if len(outs) > 1 else None
+        if last is None or last.output_type != "stream" or last.name != out.name: out.text = shown(out.text)
+        else:
+            above, newline, line = last.text.rpartition("\n")
+            last.text = above + newline + shown(line + out.text)
+            outs.pop()
+        return out
 
     def cause_of(self, error:Exception|None)->str:
         "Why the notebook ends, in one line."
@@ -176,41 +203,6 @@ class TruthfulClient(PapermillNotebookClient):
         if isinstance(error, CellExecutionError): return f"{error.ename}: {next(iter(error.evalue.strip().splitlines()), '')}"
         if isinstance(error, DeadKernelError) and self.process: return cause_of_death(self.process.poll(), oom_kills() != self.oom_kills)
         return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-
-# %% ../nbs/13_jobs.ipynb #0db49855
-def shown(
-    text:str, # that was printed
-)->str:
-    "What a terminal shows of a text in which carriage returns write lines over."
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
-
-def tidy_outputs(
-    outputs:list, # of a cell
-)->list: # the same objects, fewer
-    "One output for each stretch of printed text, stdout and stderr apart, as a terminal would show it."
-    kept, stretch = [], {}
-    for output in outputs:
-        if output.output_type != "stream": stretch = {}
-        elif output.name in stretch:
-            stretch[output.name].text += output.text
-            continue
-        else: stretch[output.name] = output
-        kept.append(output)
-    for output in kept:
-        if output.output_type == "stream": output.text = shown(output.text)
-    return kept
-
-@patch
-def tidy(self:TruthfulClient,
-    index:int, # of a cell
-):
-    "Tidy a cell's outputs; nbclient, which updates displays by their position, learns the new ones."
-    cell = self.nb.cells[index]
-    if cell.cell_type != "code": return
-    before, cell.outputs = cell.outputs, tidy_outputs(cell.outputs)
-    place = {id(output): i for i, output in enumerate(cell.outputs)}
-    for cells in self._display_id_map.values():
-        if index in cells: cells[index] = [place[id(before[i])] for i in cells[index]]
 
 # %% ../nbs/13_jobs.ipynb #18ba3631
 @patch
