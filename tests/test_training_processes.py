@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 
-def toy():
-    """A small dense model, its text and the settings of one process; no experts, whose balancing loss depends on how a batch is shared."""
+def toy(experts):
+    """A small model and its text."""
     import torch
 
     from itera_lite.core import seed_everything
@@ -20,15 +20,16 @@ def toy():
     seed_everything(1)
     ids = torch.randint(1, 3, (900,)).cumsum(0) % 17
     stream = TokenStream(ids=ids, starts=torch.tensor([0]), bytes=torch.tensor([2000]))
-    fields = {"vocab_size": 17, "hidden_size": 8, "num_layers": 2, "num_experts": 0, "top_k_experts": 0, "moe_layers": (), "max_seq_length": 16}
-    return build_model(named_config("micro", **fields)), stream
+    fields = {"vocab_size": 17, "hidden_size": 8, "num_layers": 2, "expert_size": 8, "max_seq_length": 16, "dropout": 0.1 if experts else 0.0}
+    dense = {} if experts else {"num_experts": 0, "top_k_experts": 0, "moe_layers": ()}
+    return build_model(named_config("micro", **fields, **dense)), stream
 
 
-def train_toy(folder, batch_size, looks=None, steps=12):
+def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
     """Train the toy; with `looks`, ask it to stop when it has looked for a request so many times. The curve's losses and the weights."""
     from itera_lite import train
 
-    model, stream = toy()
+    model, stream = toy(experts)
     config = train.TrainConfig(
         max_tokens=steps * 16 * 16,
         seq_length=16,
@@ -57,12 +58,14 @@ def train_toy(folder, batch_size, looks=None, steps=12):
 
 
 def each_process(folder):
-    """What torchrun starts twice: an undisturbed run, and one that is asked to stop in the middle of a step, then resumed."""
-    alone = train_toy(folder / "alone", batch_size=4)
-    stopped_at = train_toy(folder / "stopped", batch_size=4, looks=16)
-    resumed = train_toy(folder / "stopped", batch_size=4)
-    rank = os.environ["RANK"]
-    (folder / f"{rank}.json").write_text(json.dumps({"alone": alone, "stopped_at": stopped_at, "resumed": resumed}))
+    """What torchrun starts twice: undisturbed runs, and one that is asked to stop in the middle of a step, then resumed."""
+    outcomes = {
+        "dense": train_toy(folder / "dense", batch_size=4),  # its loss does not depend on how a batch is shared, as a balancing loss does
+        "alone": train_toy(folder / "alone", batch_size=4, experts=True),
+        "stopped_at": train_toy(folder / "stopped", batch_size=4, experts=True, looks=16),
+        "resumed": train_toy(folder / "stopped", batch_size=4, experts=True),
+    }
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
     torch.set_num_threads(1)  # as in the two processes
     one = train_toy(tmp_path / "one", batch_size=8)
     torch.set_num_threads(threads)
-    two = two_processes[0]["alone"]
+    two = two_processes[0]["dense"]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["losses"]) == len(two["losses"]) == 13
     for a, b in zip(one["losses"], two["losses"], strict=True):
@@ -93,7 +96,8 @@ def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
 
 
 def test_both_processes_hold_the_same_weights(two_processes):
-    assert two_processes[0]["alone"]["weights"] == two_processes[1]["alone"]["weights"]
+    for run in ("dense", "alone"):
+        assert two_processes[0][run]["weights"] == two_processes[1][run]["weights"]
 
 
 def test_stopped_and_resumed_on_two_processes_gives_the_same_bits(two_processes):
