@@ -248,7 +248,7 @@ class StopSignals:
         if self._timer: self._timer.cancel()
         for number, handler in self._before.items(): signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #27968746
+# %% ../nbs/03_training.ipynb #a27a18a3
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "train_bpb", "val_nll", "val_bpb", "lr", "grad_norm", "tokens_per_s") # of metrics.csv
 
 def metrics_csv(
@@ -285,7 +285,7 @@ class Progress:
         done:int, # steps already done
         show:bool=True, # False on all processes but the first
     ):
-        self.live = show and interactive()
+        self.live, self.shown = show and interactive(), 0.0
         seconds = 1 if sys.stderr.isatty() or self.live else 60 # between updates
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=not show, ncols=100, mininterval=seconds, maxinterval=seconds)
         if self.live:
@@ -300,7 +300,9 @@ class Progress:
         "Show the newest of a run's rows."
         note = {column: f"{rows[-1][column]:.3f}" for column in ("train_bpb", "val_bpb") if rows[-1][column] is not None}
         self.bar.set_postfix(note, refresh=False)
-        if self.live: self.handle.update(curve_figure(rows))
+        if self.live and (rows[-1]["val_bpb"] is not None or time.monotonic() > self.shown + 2): # seconds: drawing must not slow training down
+            self.handle.update(curve_figure(rows))
+            self.shown = time.monotonic()
 
     def close(self): self.bar.close()
 
@@ -447,20 +449,20 @@ def read_pending(self:Trainer)->list[tuple[int, float, float]]: # step, loss in 
         if not fine: raise TrainingError(f"loss {loss} with gradient norm {norm} at step {step} (learning rate {learning_rate_at(step - 1, self.steps, self.config):.3g}): {where_saved(self.folder)}; train again in a new folder with a lower learning_rate or clip_norm")
     return list(zip(steps, losses, norms))
 
-# %% ../nbs/03_training.ipynb #f1522fce
+# %% ../nbs/03_training.ipynb #6563e198
 @patch
 @torch.no_grad()
 def validate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None: asked to stop
     "Mean loss over the validation windows, shared among processes."
     self.model.eval()
     if hasattr(self.model, "reset_expert_usage"): self.model.reset_expert_usage()
-    total = torch.zeros(2, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device) # nats, windows
     inputs, targets = (w[self.accelerator.process_index::self.processes] for w in self.windows)
+    nats = windows = 0.0
     for x, y in zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size)):
         if stop.received and self.processes == 1: return None
         with self.accelerator.autocast(): cross_entropy = self.model.loss(x.to(self.device), y.to(self.device)).cross_entropy
-        total += torch.stack([cross_entropy.double() * len(x), torch.tensor(float(len(x)), dtype=torch.float64, device=self.device)])
-    nats, windows = self.accelerator.reduce(total, "sum").tolist()
+        nats, windows = nats + cross_entropy.item() * len(x), windows + len(x)
+    if self.processes > 1: nats, windows = self.accelerator.reduce(torch.tensor([nats, windows], dtype=torch.float64, device=self.device)).tolist()
     if not math.isfinite(nats): raise TrainingError(f"validation loss {nats / windows} after step {self.at.step}: {where_saved(self.folder)}; train again in a new folder with a lower learning_rate")
     return nats / windows
 
