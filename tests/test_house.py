@@ -7,9 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -141,6 +145,27 @@ def test_every_module_of_the_index_imports():
 
 
 # The tree
+
+
+def test_constraints_pin_all_that_an_installation_needs():
+    """Everything that the project and its extras require, directly or not, in the version that is tested here."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
+    seen, waiting = set(), [Requirement(line) for line in project["dependencies"] + extras]
+    while waiting:
+        requirement = waiting.pop()
+        key = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if key in seen:
+            continue
+        seen.add(key)
+        installed = distribution(requirement.name)
+        assert pins.get(key[0]) == installed.version.partition("+")[0], f"constraints.txt: {requirement.name} is {installed.version} here"
+        for line in installed.requires or []:
+            needed = Requirement(line)
+            if any(needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in (requirement.extras or {""})):
+                waiting.append(needed)
 
 
 def test_no_file_is_too_large():
