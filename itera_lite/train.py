@@ -248,7 +248,7 @@ class StopSignals:
         if self._timer: self._timer.cancel()
         for number, handler in self._before.items(): signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #a27a18a3
+# %% ../nbs/03_training.ipynb #ebd292e9
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "train_bpb", "val_nll", "val_bpb", "lr", "grad_norm", "tokens_per_s") # of metrics.csv
 
 def metrics_csv(
@@ -290,7 +290,7 @@ class Progress:
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=not show, ncols=100, mininterval=seconds, maxinterval=seconds)
         if self.live:
             from IPython.display import display
-            self.handle = display(curve_figure([]), display_id=True)
+            self.handle = display(self.bundle([]), raw=True, display_id=True)
 
     def to(self, done:int):
         "Move the bar to so many steps."
@@ -301,8 +301,12 @@ class Progress:
         note = {column: f"{rows[-1][column]:.3f}" for column in ("train_bpb", "val_bpb") if rows[-1][column] is not None}
         self.bar.set_postfix(note, refresh=False)
         if self.live and (rows[-1]["val_bpb"] is not None or time.monotonic() > self.shown + 2): # seconds: drawing must not slow training down
-            self.handle.update(curve_figure(rows))
+            self.handle.update(self.bundle(rows), raw=True)
             self.shown = time.monotonic()
+
+    @staticmethod
+    def bundle(rows): # a figure object would show itself anew at each update instead of replacing the one shown
+        return {"application/vnd.plotly.v1+json": json.loads(curve_figure(rows).to_json())}
 
     def close(self): self.bar.close()
 
@@ -358,15 +362,18 @@ class Trainer:
         if config.compile: self.loss = torch.compile(self.loss)
         self.at, self.best, self.pending = Progression(), None, []
 
-# %% ../nbs/03_training.ipynb #73c00200
+# %% ../nbs/03_training.ipynb #1da657e5
 def check_fit(model:nn.Module, train_stream:TokenStream, config:TrainConfig)->None:
     "Refuse, in one line, a window that the model or the data cannot fill."
     settings = getattr(model, "config", None)
     limit = getattr(settings, "max_seq_length", None) if getattr(settings, "positions", "learned") == "learned" else None
-    if limit and config.seq_length > limit: raise ConfigError(f"seq_length {config.seq_length} is longer than the model's {limit} learned positions: lower seq_length, raise max_seq_length, or use positions 'none'")
-    if len(train_stream.ids) <= config.seq_length: raise DataError(f"training text holds {len(train_stream.ids)} tokens, fewer than one window of {config.seq_length} + 1: give more text or a smaller seq_length")
-    vocabulary = getattr(settings, "vocab_size", None)
-    if vocabulary and int(train_stream.ids.max()) >= vocabulary: raise DataError(f"training text holds token {int(train_stream.ids.max())}, the model's vocab_size is {vocabulary}: build the model with the tokenizer's vocabulary")
+    length, tokens, vocabulary = config.seq_length, len(train_stream.ids), getattr(settings, "vocab_size", None)
+    if limit and length > limit:
+        raise ConfigError(f"seq_length {length} is longer than the model's {limit} learned positions: lower seq_length, raise max_seq_length, or use positions 'none'")
+    if tokens <= length:
+        raise DataError(f"training text holds {tokens} tokens, fewer than one window of {length} + 1: give more text or a smaller seq_length")
+    if vocabulary and (highest := int(train_stream.ids.max())) >= vocabulary:
+        raise DataError(f"training text holds token {highest}, the model's vocab_size is {vocabulary}: build the model with the tokenizer's vocabulary")
 
 def make_accelerator(config:TrainConfig)->Accelerator:
     "The device, processes and precision of a run, as accelerate finds them."
@@ -374,17 +381,20 @@ def make_accelerator(config:TrainConfig)->Accelerator:
     AcceleratorState._reset_state(not distributed) # accelerate keeps the settings of the process's first run for all later ones
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]) # buffers are statistics, each process's own
-    if config.precision == "fp16" and accelerator.device.type == "cpu": raise ConfigError("precision 'fp16' needs a GPU (its gradients need scaling): use 'bf16' or 'fp32' on a CPU")
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("precision 'fp16' needs a GPU (its gradients need scaling): use 'bf16' or 'fp32' on a CPU")
     return accelerator
 
-def identity(model:nn.Module, train_stream:TokenStream, validation_stream:TokenStream, config:TrainConfig, seed:int, accelerator:Accelerator)->dict: # flat, JSON-able
+def identity(model, train_stream, validation_stream, config:TrainConfig, seed:int, accelerator:Accelerator)->dict: # flat, JSON-able
     "What a run is: settings, model, data and seed, as name → value."
     def sha(stream): return hashlib.sha256(stream.ids.numpy().tobytes()).hexdigest()
     settings = getattr(model, "config", None)
-    settings = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else {}
-    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    return {**{f"config.{k}": v for k, v in config.model_dump(mode="json", exclude={"checkpoint_every_steps", "log_every_steps"}).items()}, **{f"model.{k}": v for k, v in settings.items()},
-            "model class": type(model).__name__, "model shapes": sha256_text(json.dumps(shapes, sort_keys=True)), "train data": sha(train_stream), "validation data": sha(validation_stream),
+    architecture = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else {}
+    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+    settings = config.model_dump(mode="json", exclude={"checkpoint_every_steps", "log_every_steps"})
+    return {**{f"config.{k}": v for k, v in settings.items()}, **{f"model.{k}": v for k, v in architecture.items()},
+            "model class": type(model).__name__, "model shapes": sha256_text(json.dumps(shapes, sort_keys=True)),
+            "train data": sha(train_stream), "validation data": sha(validation_stream),
             "seed": seed, "processes": accelerator.num_processes, "device": accelerator.device.type}
 
 def surroundings()->dict: # JSON-able
@@ -435,7 +445,7 @@ def asked_to_stop(self:Trainer, stop:StopSignals)->bool:
     if self.processes == 1: return bool(stop.received)
     return bool(self.accelerator.reduce(torch.tensor(float(bool(stop.received)), device=self.device)) > 0)
 
-# %% ../nbs/03_training.ipynb #78fbab05
+# %% ../nbs/03_training.ipynb #3fdcdff5
 @patch
 def read_pending(self:Trainer)->list[tuple[int, float, float]]: # step, loss in nats per token, gradient norm
     "Fetch the losses and norms of the steps since the last call; a value that is not finite ends the run."
@@ -445,11 +455,12 @@ def read_pending(self:Trainer)->list[tuple[int, float, float]]: # step, loss in 
     norms = torch.stack([torch.as_tensor(norm) for norm in norms]).tolist()
     self.pending = []
     for step, loss, norm in zip(steps, losses, norms):
-        fine = math.isfinite(loss) and (math.isfinite(norm) or self.config.precision == "fp16") # there the loss scaler skips steps that overflow
-        if not fine: raise TrainingError(f"loss {loss} with gradient norm {norm} at step {step} (learning rate {learning_rate_at(step - 1, self.steps, self.config):.3g}): {where_saved(self.folder)}; train again in a new folder with a lower learning_rate or clip_norm")
+        if math.isfinite(loss) and (math.isfinite(norm) or self.config.precision == "fp16"): continue # there the loss scaler skips steps that overflow
+        raise TrainingError(f"loss {loss} with gradient norm {norm} at step {step} (learning rate {learning_rate_at(step - 1, self.steps, self.config):.3g}): "
+                            f"{where_saved(self.folder)}; train again in a new folder with a lower learning_rate or clip_norm")
     return list(zip(steps, losses, norms))
 
-# %% ../nbs/03_training.ipynb #6563e198
+# %% ../nbs/03_training.ipynb #37bf8cc8
 @patch
 @torch.no_grad()
 def validate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None: asked to stop
@@ -463,7 +474,8 @@ def validate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None
         with self.accelerator.autocast(): cross_entropy = self.model.loss(x.to(self.device), y.to(self.device)).cross_entropy
         nats, windows = nats + cross_entropy.item() * len(x), windows + len(x)
     if self.processes > 1: nats, windows = self.accelerator.reduce(torch.tensor([nats, windows], dtype=torch.float64, device=self.device)).tolist()
-    if not math.isfinite(nats): raise TrainingError(f"validation loss {nats / windows} after step {self.at.step}: {where_saved(self.folder)}; train again in a new folder with a lower learning_rate")
+    if not math.isfinite(nats):
+        raise TrainingError(f"validation loss {nats} after step {self.at.step}: {where_saved(self.folder)}; train again in a new folder with a lower learning_rate")
     return nats / windows
 
 @patch
@@ -478,7 +490,7 @@ def evaluate(self:Trainer, stop:StopSignals)->float|None: # nats per token; None
     self.at.stopped_early = bool(self.config.patience) and self.at.bad_evaluations >= self.config.patience
     return nll
 
-# %% ../nbs/03_training.ipynb #bdb90219
+# %% ../nbs/03_training.ipynb #f98204b3
 def _dump(tensors:dict|None)->bytes:
     "Tensors as the content of a safetensors file; none at all before the first validation."
     tensors = tensors or {}
@@ -507,8 +519,9 @@ def save(self:Trainer)->None:
     if self.main and not path.exists(): # it is there when a stop is asked for right after a save
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         self.at.seconds = self.clock()
-        state = dict(self.at.__dict__, identity=self.identity, surroundings=surroundings(), cursor=self.batches.state_dict(), rng=generators, scaler=scaler)
-        parts = {"weights.safetensors": _dump(self.model.state_dict()), "best.safetensors": _dump(self.best), "optimizer.safetensors": _dump(self.optimizer_tensors()), "state.json": _canonical(state)}
+        state = dict(vars(self.at), identity=self.identity, surroundings=surroundings(), cursor=self.batches.state_dict(), rng=generators, scaler=scaler)
+        tensors = dict(weights=self.model.state_dict(), best=self.best, optimizer=self.optimizer_tensors())
+        parts = {f"{name}.safetensors": _dump(t) for name, t in tensors.items()} | {"state.json": _canonical(state)}
         with self.disk(f"checkpoint of step {self.at.step} ({sum(map(len, parts.values())) / 1e6:.1f} MB)"): write_parts(path, parts)
         remove_checkpoints(self.folder, keep=path)
     self.accelerator.wait_for_everyone()
@@ -560,7 +573,7 @@ def clock(self:Trainer)->float: # seconds
     "Time spent on this run, over all its resumptions; it is only ever reported."
     return self.before + time.monotonic() - self.started
 
-# %% ../nbs/03_training.ipynb #1add0122
+# %% ../nbs/03_training.ipynb #c8b41da6
 @patch
 def settle(self:Trainer, stop:StopSignals)->bool: # False: asked to stop before it was done
     "Evaluate and log what is due after a step."
@@ -584,7 +597,8 @@ def stop_now(self:Trainer, stop:StopSignals)->None:
     "Save a checkpoint of this moment and end."
     self.at.since += self.read_pending()
     self.save()
-    raise TrainingInterrupted(f"training stopped by {stop.received or 'another process'} after step {self.at.step} of {self.steps}: {where_saved(self.folder)}; start it again with the same settings to resume")
+    raise TrainingInterrupted(f"training stopped by {stop.received or 'another process'} after step {self.at.step} of {self.steps}: "
+                              f"{where_saved(self.folder)}; start it again with the same settings to resume")
 
 # %% ../nbs/03_training.ipynb #c94954b2
 @patch
@@ -660,7 +674,7 @@ def deterministic(
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
-# %% ../nbs/03_training.ipynb #2f3fe278
+# %% ../nbs/03_training.ipynb #fcf80080
 def train(
     model:nn.Module, # offers `loss(inputs, targets)`; ends with the best weights, in eval mode
     train_stream:TokenStream,
@@ -680,7 +694,8 @@ def train(
                 resumed_from = trainer.at.step if trainer.resume() else None
                 if not trainer.at.finished: trainer.fit(stop)
         except KeyboardInterrupt: # the repeated signal, wherever it came
-            raise TrainingInterrupted(f"training stopped at once by {stop.received or 'Ctrl-C'}: {where_saved(folder)}; start it again with the same settings to resume") from None
+            raise TrainingInterrupted(f"training stopped at once by {stop.received or 'Ctrl-C'}: {where_saved(folder)}; "
+                                      "start it again with the same settings to resume") from None
     at = trainer.at
     model.load_state_dict(trainer.best)
     model.eval()
@@ -688,9 +703,10 @@ def train(
                        tokens=at.step * config.tokens_per_step(trainer.processes), seconds=at.seconds, stopped_early=at.stopped_early,
                        curve=[row for row in at.rows if row["val_nll"] is not None], resumed_from=resumed_from)
 
-# %% ../nbs/03_training.ipynb #9e5f9850
-SMOKE = dict(corpus=dict(name="stories", seed=0, limit_documents=2000), vocab_size=512, model="micro", seed=0, # the notebook's own defaults
-             config=dict(max_tokens=200_000, seq_length=128, batch_size=8, learning_rate=5e-3, warmup_fraction=0.1, eval_every_tokens=50_000, eval_tokens=16_384, device="cpu"))
+# %% ../nbs/03_training.ipynb #e3219ee5
+SMOKE = dict(corpus=dict(name="stories", seed=0, limit_documents=2000), vocab_size=512, model="micro", seed=0,
+             config=dict(max_tokens=400_000, seq_length=128, batch_size=8, learning_rate=0.01, warmup_fraction=0.1, eval_every_tokens=100_000,
+                        eval_tokens=16_384, device="cpu"))
 
 def library_sha256()->str:
     "A hash of the source of what training depends on."
@@ -709,7 +725,8 @@ def ensure_smoke_model()->Path: # model folder
         streams = (encode_documents(tokenizer, docs) for docs in (corpus.train, corpus.validation))
         work = folder.with_name(folder.name + "-training")
         result = train(model, *streams, TrainConfig(**SMOKE["config"]), work, SMOKE["seed"])
-        made = save_model(model, work/"model", tokenizer=tokenizer, card=dict(training=f"smoke model, {result.tokens} tokens, {result.best_val_bpb:.3f} validation bits per byte"))
+        card = dict(corpus=corpus.name, training_tokens=result.tokens, validation_bits_per_byte=round(result.best_val_bpb, 4))
+        made = save_model(model, work/"model", tokenizer=tokenizer, card=card)
         os.rename(made, folder)
         shutil.rmtree(work)
     return folder
