@@ -512,7 +512,7 @@ def plan(
     check_corpora([step for step in steps if not step.record], data_dir)
     return steps
 
-# %% ../nbs/13_jobs.ipynb #0a90055d
+# %% ../nbs/13_jobs.ipynb #05be7555
 def check_contents(
     step:Step, # to be checked
     data_dir:str="", # folder with local text
@@ -533,10 +533,11 @@ def check_corpora(
     data_dir:str="", # folder with local text
 )->None:
     "Raise `DataError` for a corpus that cannot be had."
-    from itera_lite.data import load_corpus
     needed = {(step.settings.get("corpus"), step.settings.get("data_dir") or data_dir) for step in steps}
     for corpus, folder in needed:
-        if corpus and corpus != "stories": load_corpus(corpus, folder, limit_documents=1000)
+        if not corpus or corpus == "stories": continue
+        from itera_lite.data import load_corpus
+        load_corpus(corpus, folder, limit_documents=1000)
 
 # %% ../nbs/13_jobs.ipynb #6d380e4f
 def run_pipeline(
