@@ -623,7 +623,7 @@ def quality_fields(answer:dict, baseline:dict|None, n:int, seed:int) -> dict:
     found = bootstrap_ci(DocScores.of(answer["scores"]), DocScores.of(baseline["scores"]) if baseline else None, n, seed)
     return {k: v for k, v in found.items() if k in Row.model_fields}
 
-# %% ../nbs/04_evaluation.ipynb #25fefb81
+# %% ../nbs/04_evaluation.ipynb #65f2c653
 def probe(function):
     "Register a function (model, tokenizer, docs, request) → dict under its name."
     PROBES[function.__name__] = function
@@ -636,7 +636,7 @@ class ClozeItem:
     after: str
     candidates: tuple[str, ...]  # the true word first
 
-SENTENCE_END = re.compile(r"(?<=\s)([^\W\d_]{3,})([.!?][\"'”’]?)(?=\s|$)")
+SENTENCE_END = re.compile(r"(?<=\s)([^\W\d_]{3,})( ?[.!?][\"'”’]?)(?=\s|$)")  # WikiText writes a space before the full stop
 
 def cloze_items(
     docs:list[str],
