@@ -221,20 +221,21 @@ def remove_checkpoints(
         if old != keep: os.rename(old, old.with_name(old.name + STALE))
     remove_leftovers(folder)
 
-# %% ../nbs/03_training.ipynb #95301093
+# %% ../nbs/03_training.ipynb #63765c85
 class TrainingInterrupted(TrainingError):
     "Training that was asked to stop, and can be resumed."
 
 class StopSignals:
     "While entered, Ctrl-C and SIGTERM set `received` instead of ending the process; repeated, they raise KeyboardInterrupt."
     def __init__(self,
-        grace:float=2.0, # seconds until an unanswered signal is repeated
+        grace:float|None=2.0, # seconds until an unanswered signal is repeated; None: never
     ):
         self.grace, self.received, self._timer, self._before = grace, None, None, {}
 
     def _handle(self, number, frame):
         if self.received: raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if self.grace is None: return
         self._timer = threading.Timer(self.grace, signal.pthread_kill, (threading.main_thread().ident, number))
         self._timer.daemon = True
         self._timer.start()
@@ -248,7 +249,7 @@ class StopSignals:
         if self._timer: self._timer.cancel()
         for number, handler in self._before.items(): signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #ebd292e9
+# %% ../nbs/03_training.ipynb #cd3ed07d
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "train_bpb", "val_nll", "val_bpb", "lr", "grad_norm", "tokens_per_s") # of metrics.csv
 
 def metrics_csv(
@@ -278,6 +279,7 @@ def curve_figure(
         figure.add_scatter(x=[row["tokens"] for row in points], y=[row[column] for row in points], name=name, mode="lines+markers" if column == "val_bpb" else "lines")
     return figure
 
+# %% ../nbs/03_training.ipynb #18db3796
 class Progress:
     "A live curve for a person in JupyterLab, a rarely updated progress bar for everyone else."
     def __init__(self,
@@ -526,7 +528,7 @@ def save(self:Trainer)->None:
         remove_checkpoints(self.folder, keep=path)
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/03_training.ipynb #c49393d7
+# %% ../nbs/03_training.ipynb #6d406340
 @patch
 def resume(self:Trainer)->bool: # whether there was a checkpoint
     "Put everything back as the newest checkpoint has it."
@@ -549,6 +551,7 @@ def resume(self:Trainer)->bool: # whether there was a checkpoint
     if state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
     self.batches.load_state_dict(state["cursor"])
     set_rng_state(state["rng"][self.accelerator.process_index])
+    if self.main: remove_checkpoints(self.folder, keep=found[-1]) # a kill right after a save leaves the previous one
     return True
 
 # %% ../nbs/03_training.ipynb #0353c4e3
@@ -674,7 +677,7 @@ def deterministic(
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
-# %% ../nbs/03_training.ipynb #fcf80080
+# %% ../nbs/03_training.ipynb #7eae9725
 def train(
     model:nn.Module, # offers `loss(inputs, targets)`; ends with the best weights, in eval mode
     train_stream:TokenStream,
@@ -687,7 +690,9 @@ def train(
     """Train a model, resuming by itself; interrupted or killed at any moment it ends, on a CPU with the same threads, with the same bits.
 
     Raises TrainingInterrupted when asked to stop, TrainingError when the loss is not finite, CheckpointError for a damaged or foreign checkpoint."""
+    with StopSignals(grace=None) as early: import torch._dynamo # torch.optim's first use does it, takes seconds, and breaks for good when interrupted
     with StopSignals() as stop:
+        stop.received = early.received
         try:
             trainer = Trainer(model, train_stream, validation_stream, config, folder, seed, progress)
             with trainer.alone(), deterministic(trainer.device):
