@@ -1,14 +1,13 @@
 """The command line as a process: what it prints where, and the status it exits with."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from test_jobs import BUSY, SECONDS, WAIT, wait_until, write_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +60,20 @@ BAD = {
 }
 
 
+TEXTS = {"empty.txt": (b"", "empty"), "latin.txt": ("Ein M\u00e4rchen. ".encode("latin-1"), "UTF-8")}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_that_cannot_be_read_costs_one_line(name, tmp_path):
+    content, said = TEXTS[name]
+    (tmp_path / name).write_bytes(content)
+    done = itera_lite("run", "--notebooks", "03", "-p", f"corpus={tmp_path / name}", "--run-dir", tmp_path / "run")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("itera-lite: ") and name in line and said in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("words", "said"), BAD.values(), ids=BAD)
 def test_bad_input_costs_one_line_and_nothing_else(words, said, tmp_path):
     run_dir = ["--run-dir", tmp_path / "run"] if words[0] == "run" and "--name" not in words else []
@@ -76,29 +89,36 @@ def test_debug_shows_where_an_error_comes_from():
     assert done.returncode == 1 and done.stderr.startswith("Traceback") and "ConfigError: unknown preset 'smok'" in done.stderr
 
 
-def test_what_only_a_notebook_can_find_is_one_line_too(tmp_path):
-    """A text that is not UTF-8 is met inside the running notebook: its last line comes back, the rest stays on its page."""
-    (tmp_path / "latin.txt").write_bytes("Ein M\u00e4rchen. ".encode("latin-1") * 100)
-    done = itera_lite("run", "--notebooks", "03", "-p", f"corpus={tmp_path / 'latin.txt'}", "--run-dir", tmp_path / "run")
-    assert done.returncode == 1
+@pytest.fixture
+def toy_project(tmp_path):
+    """A project whose only notebook does as it is told by the test."""
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = itera_lite\n")
+
+    def with_cell(cell):
+        write_notebook(tmp_path, "03_training", cell)
+        return tmp_path
+
+    return with_cell
+
+
+def test_error_inside_a_notebook_is_one_line_and_a_page(toy_project):
+    project = toy_project("from itera_lite.core import DataError\nraise DataError('vocab_size 512: this text supports 300')")
+    done = itera_lite("run", "--notebooks", "03", cwd=project)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("itera-lite: 03_training failed in cell ") and "latin.txt" in line and "UTF-8" in line
-    assert "Traceback" not in done.stderr
-    assert done.stdout.startswith("report: file://") and (tmp_path / "run/site/index.html").is_file()
+    assert line.startswith("itera-lite: 03_training failed in cell 2 ") and "vocab_size 512: this text supports 300" in line
+    assert done.stdout.startswith("report: file://") and (project / "papermill_runs/smoke/site/index.html").is_file()
 
 
-def test_ctrl_c_ends_a_run_within_five_seconds(tmp_path):
+def test_ctrl_c_ends_a_run_within_five_seconds(toy_project):
+    project = toy_project(WAIT + "time.sleep(300)")
     process = subprocess.Popen(
-        [sys.executable, "-m", "itera_lite.cli", "run", "--notebooks", "03", "--run-dir", str(tmp_path / "run")],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-m", "itera_lite.cli", "run", "--notebooks", "03"],
+        cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )
-    notebook = tmp_path / "run/03_training/report.ipynb"
-    end = time.monotonic() + 120
-    while not (notebook.exists() and '"status": "running"' in notebook.read_text()):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the runner and its kernel alike
-    _, stderr = process.communicate(timeout=5)
+    wait_until((project / "pids").exists, 60 * BUSY)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the foreground
+    _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("itera-lite: 03_training")
-    assert "This notebook failed" in json.dumps(json.loads(notebook.read_text()))
+    assert stderr.splitlines()[-1].startswith("itera-lite: 03_training failed")
+    assert "This notebook failed" in (project / "papermill_runs/smoke/03_training/report.ipynb").read_text()
