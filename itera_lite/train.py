@@ -708,7 +708,7 @@ def train(
                        tokens=at.step * config.tokens_per_step(trainer.processes), seconds=at.seconds, stopped_early=at.stopped_early,
                        curve=[row for row in at.rows if row["val_nll"] is not None], resumed_from=resumed_from)
 
-# %% ../nbs/03_training.ipynb #e3219ee5
+# %% ../nbs/03_training.ipynb #ac1c25c7
 SMOKE = dict(corpus=dict(name="stories", seed=0, limit_documents=2000), vocab_size=512, model="micro", seed=0,
              config=dict(max_tokens=400_000, seq_length=128, batch_size=8, learning_rate=0.01, warmup_fraction=0.1, eval_every_tokens=100_000,
                         eval_tokens=16_384, device="cpu"))
@@ -730,7 +730,7 @@ def ensure_smoke_model()->Path: # model folder
         streams = (encode_documents(tokenizer, docs) for docs in (corpus.train, corpus.validation))
         work = folder.with_name(folder.name + "-training")
         result = train(model, *streams, TrainConfig(**SMOKE["config"]), work, SMOKE["seed"])
-        card = dict(corpus=corpus.name, training_tokens=result.tokens, validation_bits_per_byte=round(result.best_val_bpb, 4))
+        card = dict(corpus=corpus.name, seed=SMOKE["seed"], training_tokens=result.tokens, validation_bits_per_byte=round(result.best_val_bpb, 4))
         made = save_model(model, work/"model", tokenizer=tokenizer, card=card)
         os.rename(made, folder)
         shutil.rmtree(work)
