@@ -54,7 +54,7 @@ lint: $(READY)
 
 # Library and README in sync with the notebooks are tests too: tests/test_house.py
 tests: $(READY)
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow' --durations=10
 
 # Two notebooks at a time with one thread each: more threads than cores would only wait for each other.
 notebooks: $(READY)

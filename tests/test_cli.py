@@ -115,6 +115,7 @@ def test_ctrl_c_ends_a_run_within_five_seconds(toy_project):
     process = subprocess.Popen(
         [sys.executable, "-m", "itera_lite.cli", "run", "--notebooks", "03"],
         cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell may have started the tests with it ignored
     )
     wait_until((project / "pids").exists, 60 * BUSY)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the foreground

@@ -60,8 +60,9 @@ class Runner:
     """`python -m itera_lite.jobs …` as a process of its own."""
 
     def __init__(self, project, *words):
-        def obey():  # a shell may have started the tests with SIGINT ignored
+        def obey():  # a shell may have started the tests with SIGINT ignored, nohup with SIGHUP
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
         self.project = project
         self.log = open(project / "runner.log", "w+")
