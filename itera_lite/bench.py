@@ -58,12 +58,12 @@ def train_step(model, loss, vocab_size, batch_size, seq_length):
         optimizer.zero_grad(set_to_none=True)
     return step
 
-# %% ../nbs/04b_bench.ipynb #4e861591
+# %% ../nbs/04b_bench.ipynb #0ae7a41c
 def own_training(config, batch_size, seq_length, compiled=False) -> Side:
     "Training one of our models."
     def make():
         model = build_model(config).train()
-        loss = torch.compile(model.loss) if compiled else model.loss
+        loss = torch.compile(model.loss, dynamic=False) if compiled else model.loss
         return train_step(model, lambda ids: loss(ids[:, :-1], ids[:, 1:]).total, config.vocab_size, batch_size, seq_length)
     kind = "s4" if config.model_type == "itera_lite" else "transformer"
     return Side(f"{kind}{' compiled' if compiled else ''}", make, batch_size * seq_length)
@@ -88,12 +88,12 @@ def hf_mamba(c):
     return t.MambaForCausalLM(t.MambaConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_layers,
         state_size=c.ssm_state_size, expand=c.ssm_expand_factor, conv_kernel=c.ssm_conv_kernel, bos_token_id=0, eos_token_id=0, pad_token_id=0))
 
-# %% ../nbs/04b_bench.ipynb #d852b944
+# %% ../nbs/04b_bench.ipynb #505d2f69
 def peer_training(name, build, c, batch_size, seq_length, compiled=False) -> Side:
     "Training a Hugging Face model with its own loss."
     def make():
         model = build(c).train()
-        forward = torch.compile(model) if compiled else model
+        forward = torch.compile(model, dynamic=False) if compiled else model
         # its loss shifts the labels itself: L inputs are L-1 predictions, so it gets one more token
         return train_step(model, lambda ids: forward(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss, c.vocab_size, batch_size, seq_length)
     return Side(f"{name}{' compiled' if compiled else ''}", make, batch_size * seq_length)

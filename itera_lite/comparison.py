@@ -246,7 +246,7 @@ def comparison_figure(
     if floor: figure.add_hline(y=floor, line_dash="dot", annotation_text="entropy of the source")
     return figure
 
-# %% ../nbs/04a_comparison.ipynb #08f8ade8
+# %% ../nbs/04a_comparison.ipynb #b9c58c95
 def comparison_verdict(
     differences:list[dict], # from `paired`
     sweeps:dict[str, Sweep],
@@ -265,6 +265,7 @@ def comparison_verdict(
     last = differences[-1]
     found.append(f"At {last['tokens']:,} tokens: {last['bits_per_byte']:.4f} against {last['baseline_bits_per_byte']:.4f} bits per byte, {last['difference']:+.4f} [{last['difference_low']:+.4f}, {last['difference_high']:+.4f}]; "
                  f"seeds at the smallest budget differ by up to {last['seed_spread']:.4f}.")
+    if len(differences) > 1: found.append("Differences from the smallest budget to the largest: " + ", ".join(f"{d['difference']:+.4f}" for d in differences) + ".")
     edges = [f"{name} ({sweep.best:g})" for name, sweep in sweeps.items() if sweep.at_edge]
     if edges: found.append(f"The best learning rate is at the edge of those tried for {' and '.join(edges)}: better ones may exist.")
     if unknown: found.append(f"{unknown:.1%} of the test tokens are <unk>, whose text is not in the bits: the figures compare these two models and nothing else.")

@@ -199,15 +199,15 @@ def pareto_figure(
     figure.add_shape(type="rect", x0=criteria.target_ratio, x1=right, y0=bottom, y1=criteria.max_ppl_change_percent, fillcolor="green", opacity=0.08, line_width=0, layer="below")
     return figure.update_layout(title="What smaller costs", xaxis_title="times smaller than the baseline (config + weights)", yaxis_title="change of perplexity, %", template="plotly_white", height=460)
 
-# %% ../nbs/07_mixed_precision.ipynb #99eb5d77
+# %% ../nbs/07_mixed_precision.ipynb #8ceb22bf
 def judge_rows(
     rows, # measured ones, without the baseline
     criteria:Criteria, # its outcome is set to the best row's
 )->Row:
-    "The best row: most criteria met, then the largest ratio."
+    "The best row: most criteria met; then, where both are met, the least change, otherwise the largest ratio."
     if not rows: raise ConfigError("no candidate could be measured: the maps were refused, or every evaluation failed; their rows say why")
     def met(row): return ("FAILURE", "PARTIAL", "SUCCESS").index(criteria.judge(row.ratio, row.perplexity_change_percent, row.perplexity_change_ci95[1]))
-    best = max(rows, key=lambda row: (met(row), row.ratio))
+    best = max(rows, key=lambda row: (met(row), -row.perplexity_change_percent if met(row) == 2 else row.ratio))
     met(best)
     return best
 

@@ -7,7 +7,7 @@ __all__ = ['CONFIG_TYPES', 'NAMED_CONFIGS', 'Config', 'IteraLiteConfig', 'Transf
            'linear_cross_entropy', 'linear_nll', 'Loss', 'State', 'CausalLM', 'IteraLayer', 'IteraLite', 'KVCache',
            'Attention', 'TransformerLayer', 'Transformer', 'build_model', 'filter_logits', 'generate', 'generate_text']
 
-# %% ../nbs/02c_model.ipynb #f789266f
+# %% ../nbs/02c_model.ipynb #94192d66
 import math
 from typing import Literal
 import torch
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn, Tensor
 from .core import ConfigError, unknown
 from .moe import FFN, MoE
-from .ssm import KERNELS, SSMBlock
+from .ssm import KERNELS, SSMBlock, at_least_float32
 
 # %% ../nbs/02c_model.ipynb #5851fb7a
 class Config(BaseModel):
@@ -109,22 +109,24 @@ def named_config(
     if name not in NAMED_CONFIGS: raise unknown("model", name, NAMED_CONFIGS)
     return config_from_dict({**NAMED_CONFIGS[name], **overrides})
 
-# %% ../nbs/02c_model.ipynb #660a0f63
+# %% ../nbs/02c_model.ipynb #95856397
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
-        counted = (targets >= 0).sum().clamp(min=1)
-        scale = 1.0 / counted.to(hidden.dtype)
-        grad_hidden, grad_weight, total = [], torch.zeros_like(weight), hidden.new_zeros(())
+        half = hidden.dtype in (torch.float16, torch.bfloat16)     # products in half precision, everything else in float32
+        scale = 1 / (targets >= 0).sum().clamp(min=1)
+        grad_hidden, grad_weight = [], torch.zeros_like(at_least_float32(weight))
+        total = grad_weight.new_zeros(())
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            keep = (t >= 0).to(h.dtype)[:, None]
-            t = t.clamp(min=0)[:, None]
-            p = F.log_softmax(h @ weight.T, -1)                    # (c,V), in place from here on
+            p = F.log_softmax(at_least_float32(h @ weight.T), -1)  # (c,V), in place from here on
+            keep, t = (t >= 0).to(p.dtype)[:, None], t.clamp(min=0)[:, None]
             total = total - (p.gather(1, t) * keep).sum()
             p.exp_().scatter_add_(1, t, -torch.ones_like(keep))    # softmax - one-hot
-            grad_hidden.append(p @ weight * (keep * scale))
-            grad_weight.addmm_(p.T, h * (keep * scale))
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+            q = p.to(h.dtype)
+            grad_hidden.append((q @ weight * (keep * scale)).to(h.dtype))
+            if half: grad_weight += (q.T @ (h * keep.to(h.dtype))).float() * scale
+            else: grad_weight.addmm_(p.T, h * (keep * scale))
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
         return total * scale
 
     @staticmethod
@@ -133,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad * grad_hidden, grad * grad_weight, None, None
 
-# %% ../nbs/02c_model.ipynb #c22a2e77
+# %% ../nbs/02c_model.ipynb #24e7ecd7
 def linear_cross_entropy(
     hidden: Tensor,   # (T,D)
     weight: Tensor,   # (V,D) the head
@@ -141,14 +143,18 @@ def linear_cross_entropy(
     chunk: int = 256, # positions at a time
 ) -> Tensor:          # mean in nats
     "Cross-entropy of hidden @ weight.T, with neither the logits nor their gradient ever whole in memory."
-    if torch.is_grad_enabled(): return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
-    nll = linear_nll(hidden, weight, targets, chunk)
-    return nll.sum() / (targets >= 0).sum().clamp(min=1)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
+    with torch.autocast(device, enabled=False):   # a function with its own gradient chooses its precisions itself
+        if torch.is_grad_enabled(): return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+        nll = linear_nll(hidden, weight, targets, chunk)
+        return nll.sum() / (targets >= 0).sum().clamp(min=1)
 
-# %% ../nbs/02c_model.ipynb #760060f7
+# %% ../nbs/02c_model.ipynb #eef62359
 def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
     "Nats per position, (T); 0 where the target is negative. As `linear_cross_entropy`, without gradients or mean."
-    return torch.cat([F.cross_entropy(h @ weight.T, t, reduction="none", ignore_index=-100)
+    return torch.cat([F.cross_entropy(at_least_float32(h @ weight.T), t, reduction="none", ignore_index=-100)
                       for h, t in zip(hidden.split(chunk), targets.where(targets >= 0, -100).split(chunk))])
 
 # %% ../nbs/02c_model.ipynb #240a2666

@@ -325,8 +325,8 @@ def other_tables(
     deeper = [name for name, v in items if isinstance(v, (dict, list)) and v and name not in single and not (alike and name in flat)]
     return tables + [t for name in deeper for t in other_tables(entry, f"{pointer}/{step(name)}", f"{title} · {name}".strip(" ·"))]
 
-# %% ../nbs/15_report.ipynb #0cd2e02e
-README_COLUMNS = ("/train_tokens", "/file_bytes", "/ratio", "/bits_per_byte", "/perplexity_change_percent", "/speed/decode_tokens_per_s")
+# %% ../nbs/15_report.ipynb #bdca11ea
+README_COLUMNS = ("/train_tokens", "/file_bytes", "/ratio", "/bits_per_byte", "/perplexity_change_percent")
 
 def _markdown_number(values:dict, i:int, column:Column)->str:
     "One number of a row in Markdown, with its interval."
