@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 from torch.utils.benchmark import Timer
 from .core import ConfigError, environment, runs_dir, write_json
-from .model import build_model, generate, named_config
+from .model import build_model, compile_step, generate, named_config
 
 # %% ../nbs/04b_bench.ipynb #8ccec3a5
 @dataclass
@@ -99,19 +99,21 @@ def peer_training(name, build, c, batch_size, seq_length, compiled=False) -> Sid
     return Side(f"{name}{' compiled' if compiled else ''}", make, batch_size * seq_length)
 
 # %% ../nbs/04b_bench.ipynb #2300f72c
-def own_decoding(c, new_tokens=64) -> Side:
+def own_decoding(c, compiled=False, new_tokens=64) -> Side:
     "Greedy generation of `new_tokens` at batch 1 with carried state."
     def make():
         model = build_model(c).eval()
+        if compiled: compile_step(model)
         return lambda: generate(model, torch.tensor([1]), new_tokens, temperature=0)
-    return Side("s4", make, new_tokens)
+    return Side(f"s4{' compiled' if compiled else ''}", make, new_tokens, calls=4)
 
-def peer_decoding(name, build, c, new_tokens=64) -> Side:
+def peer_decoding(name, build, c, compiled=False, new_tokens=64) -> Side:
     "The peer's own `generate`, greedy, at batch 1 with its cache."
     def make():
         model = build(c).eval()
+        if compiled: model.forward = torch.compile(model.forward)
         return lambda: model.generate(torch.tensor([[1]]), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    return Side(name, make, new_tokens)
+    return Side(f"{name}{' compiled' if compiled else ''}", make, new_tokens, calls=2)
 
 # %% ../nbs/04b_bench.ipynb #2a1d8b67
 def decoding_at(c, position, new_tokens=64) -> Side:
@@ -125,7 +127,7 @@ def decoding_at(c, position, new_tokens=64) -> Side:
             state = start
             for _ in range(new_tokens): _, state = model.step(token, state)
         return steps
-    return Side(f"position {position}", make, new_tokens)
+    return Side(f"position {position}", make, new_tokens, calls=4)
 
 # %% ../nbs/04b_bench.ipynb #143fc851
 def matrix_product(n=2048) -> Side:
@@ -178,14 +180,16 @@ def bench_length(c, batch_size, seq_length, long_length, rounds, threads, compil
     return dict(rates=rates, ratios={f"training: cost per token at {long_length} / at {seq_length}": ratio(rates, short, long)})
 
 # %% ../nbs/04b_bench.ipynb #afa0b380
-def bench_decoding(c, late_position, rounds, threads, with_peers) -> dict:
+def bench_decoding(c, late_position, rounds, threads, compiled, with_peers) -> dict:
     "Decoding tokens/s against Hugging Face Mamba's generate, and at a late position against an early one."
-    sides, free = [own_decoding(c)], c.model_copy(update=dict(positions="none"))
-    if with_peers: sides.append(peer_decoding("HF Mamba", hf_mamba, c))
-    sides += [decoding_at(free, 100), decoding_at(free, late_position)]
+    free = c.model_copy(update=dict(positions="none"))
+    sides = [decoding_at(free, 100), decoding_at(free, late_position)]
+    for flag in ([False, True] if compiled else [False]):
+        sides.append(own_decoding(c, flag))
+        if with_peers: sides.append(peer_decoding("HF Mamba", hf_mamba, c, flag))
     rates = time_sides(sides, rounds, threads)
     ratios = {f"decoding: at position {late_position} / at 100": ratio(rates, f"position {late_position}", "position 100")}
-    if with_peers: ratios["decoding: s4 / HF Mamba"] = ratio(rates, "s4", "HF Mamba")
+    if with_peers: ratios["decoding: s4 / HF Mamba"] = ratio(rates, best(rates, "s4"), best(rates, "HF Mamba"))
     return dict(rates=rates, ratios=ratios)
 
 # %% ../nbs/04b_bench.ipynb #4959c8d7
@@ -204,7 +208,7 @@ def bench(
     transformer = named_config("transformer-tiny", vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_layers=c.num_layers,
                                ffn_size=4 * c.hidden_size, max_seq_length=c.max_seq_length)
     try:
-        groups = dict(decoding=bench_decoding(c, late_position, rounds, threads, with_peers),
+        groups = dict(decoding=bench_decoding(c, late_position, rounds, threads, compiled, with_peers),
                       training=bench_training(c, transformer, batch_size, seq_length, rounds, threads, compiled, with_peers),
                       length=bench_length(c, batch_size, seq_length, long_length, rounds, threads, compiled))
     finally: torch.set_num_threads(before)

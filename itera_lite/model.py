@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIG_TYPES', 'NAMED_CONFIGS', 'Config', 'IteraLiteConfig', 'TransformerConfig', 'config_from_dict', 'named_config',
            'linear_cross_entropy', 'linear_nll', 'Loss', 'State', 'CausalLM', 'IteraLayer', 'IteraLite', 'KVCache',
-           'Attention', 'TransformerLayer', 'Transformer', 'build_model', 'filter_logits', 'generate', 'generate_text']
+           'Attention', 'TransformerLayer', 'Transformer', 'build_model', 'filter_logits', 'generate', 'RowProducts',
+           'compile_step', 'generate_text']
 
 # %% ../nbs/02c_model.ipynb #94192d66
 import math
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn, Tensor
+from torch.overrides import TorchFunctionMode
 from .core import ConfigError, unknown
 from .moe import FFN, MoE
 from .ssm import KERNELS, SSMBlock, at_least_float32
@@ -271,7 +273,7 @@ class IteraLayer(nn.Module):
 
     def step(self, x, state):
         x, state = self.ssm.step(x, state)
-        return self.moe(x)[0] if self.mixture else self.ffn(x), state
+        return self.moe.step(x) if self.mixture else self.ffn(x), state
 
 # %% ../nbs/02c_model.ipynb #ecac5d50
 class IteraLite(CausalLM):
@@ -416,6 +418,23 @@ def generate(
         logits, state = model.step(token, state)
     model.train(was_training)
     return torch.cat(out, 1)
+
+# %% ../nbs/02c_model.ipynb #b34bb777
+class RowProducts(TorchFunctionMode):
+    "Inside, a linear layer of a single row is a product and a sum."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear or args[0].numel() != args[0].shape[-1]: return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        y = (weight * x.reshape(1, -1)).sum(-1).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+def compile_step(model: CausalLM) -> CausalLM:
+    "Replace `model.step` by its compiled form, in place; `generate` uses it from then on."
+    step = model.step
+    def compiled(ids, state):
+        with RowProducts(): return step(ids, state)
+    model.step = torch.compile(compiled)
+    return model
 
 # %% ../nbs/02c_model.ipynb #9a0834fa
 def generate_text(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Expert', 'FFN', 'Router', 'load_balance', 'expert_counts', 'dispatch_reference', 'dispatch_grouped', 'dispatch_dense',
-           'MoE']
+           'dispatch_single', 'MoE']
 
 # %% ../nbs/02b_moe.ipynb #2f71ab37
 import torch
@@ -86,6 +86,12 @@ def dispatch_dense(x: Tensor, weights: Tensor, chosen: Tensor, experts: list[Exp
     hidden = F.gelu(F.linear(x, w1)).view(len(x), len(experts), -1) * gates[..., None]
     return F.linear(hidden.flatten(1), w2)
 
+def dispatch_single(x: Tensor, weights: Tensor, chosen: Tensor, experts: list[Expert]) -> Tensor:
+    "As `dispatch_reference`, for one token (T = 1)."
+    mine = [experts[e] for e in chosen[0].tolist()]
+    hidden = F.gelu(torch.stack([e.w1(x) for e in mine])) * weights.view(-1, 1, 1)   # (k,1,F)
+    return torch.stack([e.w2(h) for e, h in zip(mine, hidden)]).sum(0)
+
 # %% ../nbs/02b_moe.ipynb #0858ff1f
 class MoE(nn.Module):
     "LayerNorm, router, top-k experts, residual. With `num_experts` 0 it adds nothing: a published file lost its experts and kept this norm."
@@ -99,10 +105,11 @@ class MoE(nn.Module):
         # a statistic, not part of the model: how often each expert was chosen
         self.register_buffer("expert_counts", torch.zeros(c.num_experts, dtype=torch.long), persistent=False)
 
-    @property
-    def dense(self) -> bool:
-        "Whether all experts at once are cheaper than sorting: at most twice the chosen work."
-        return self.num_experts <= 2 * self.router.top_k
+    def dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        "The path that is cheapest here: all experts at once pays up to twice the chosen work."
+        if len(x) == 1 and not torch.compiler.is_compiling(): path = dispatch_single   # it reads numbers, a compiler cannot
+        else: path = dispatch_dense if self.num_experts <= 2 * self.router.top_k else dispatch_grouped
+        return path(x, weights, chosen, self.experts)
 
 # %% ../nbs/02b_moe.ipynb #d5e2f821
 def _moe_forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +118,14 @@ def _moe_forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
     x = self.norm(u).flatten(0, -2)                                      # (T,D)
     weights, chosen, logits = self.router(x)
     with torch.no_grad(): self.expert_counts += expert_counts(chosen, self.num_experts)
-    many = len(x) > self.num_experts                                     # a single token needs only its own k experts
-    dispatch = dispatch_dense if self.dense and many else dispatch_grouped
-    y = dispatch(x, weights, chosen, self.experts).view_as(u)
+    y = self.dispatch(x, weights, chosen).view_as(u)
     return u + self.dropout(y), load_balance(logits, chosen)
 
-MoE.forward = _moe_forward
+def _moe_step(self, u: Tensor) -> Tensor:
+    "One position per sequence, `u` (B,D) → (B,D): as `forward`, without the balancing loss and the usage counts."
+    if not self.num_experts: return u
+    x = self.norm(u)
+    weights, chosen, _ = self.router(x)
+    return u + self.dispatch(x, weights, chosen)
+
+MoE.forward, MoE.step = _moe_forward, _moe_step
