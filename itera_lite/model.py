@@ -142,7 +142,7 @@ def linear_cross_entropy(
     hidden: Tensor,   # (T,D)
     weight: Tensor,   # (V,D) the head
     targets: Tensor,  # (T) token ids; negative ones do not count
-    chunk: int = 256, # positions at a time
+    chunk: int = 512, # positions at a time
 ) -> Tensor:          # mean in nats
     "Cross-entropy of hidden @ weight.T, with neither the logits nor their gradient ever whole in memory."
     device = hidden.device.type
@@ -154,7 +154,7 @@ def linear_cross_entropy(
         return nll.sum() / (targets >= 0).sum().clamp(min=1)
 
 # %% ../nbs/02c_model.ipynb #eef62359
-def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
     "Nats per position, (T); 0 where the target is negative. As `linear_cross_entropy`, without gradients or mean."
     return torch.cat([F.cross_entropy(at_least_float32(h @ weight.T), t, reduction="none", ignore_index=-100)
                       for h, t in zip(hidden.split(chunk), targets.where(targets >= 0, -100).split(chunk))])
