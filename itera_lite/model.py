@@ -8,7 +8,7 @@ __all__ = ['CONFIG_TYPES', 'NAMED_CONFIGS', 'Config', 'IteraLiteConfig', 'Transf
            'Attention', 'TransformerLayer', 'Transformer', 'build_model', 'filter_logits', 'generate', 'RowProducts',
            'compile_step', 'generate_text']
 
-# %% ../nbs/02c_model.ipynb #94192d66
+# %% ../nbs/02c_model.ipynb #8d0d9493
 import math
 from typing import Literal
 import torch
@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .core import ConfigError, unknown
+from torch.utils.checkpoint import checkpoint
+from . import mamba, mamba2   # each enters its kernel in KERNELS
 from .moe import FFN, MoE
-from .ssm import KERNELS, SSMBlock, at_least_float32
+from .ssm import KERNELS, SSMBlock, at_least_float32, make_norm
 
-# %% ../nbs/02c_model.ipynb #5851fb7a
+# %% ../nbs/02c_model.ipynb #52cdfa22
 class Config(BaseModel):
     "What both models share. Unknown fields and impossible values are refused."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,10 +31,12 @@ class Config(BaseModel):
     num_layers: int = Field(4, ge=1)
     max_seq_length: int = Field(128, ge=1)  # rows of the position embedding
     positions: Literal["learned", "none"] = "learned"
+    tie_embeddings: bool = True             # the head is the embedding
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     dropout: float = Field(0.0, ge=0, lt=1)
     layer_norm_eps: float = Field(1e-5, gt=0)
 
-# %% ../nbs/02c_model.ipynb #b56acc57
+# %% ../nbs/02c_model.ipynb #74f18657
 class IteraLiteConfig(Config):
     "Architecture of an Itera-Lite model; the defaults are `tiny`."
     model_type: Literal["itera_lite"] = "itera_lite"
@@ -40,6 +44,13 @@ class IteraLiteConfig(Config):
     ssm_state_size: int = Field(8, ge=1)
     ssm_conv_kernel: int = Field(4, ge=1)
     ssm_expand_factor: int = Field(2, ge=1)
+    ssm_dt_rank: int | None = Field(None, ge=1)     # mamba; None: hidden_size / 16, rounded up
+    ssm_head_size: int | None = Field(None, ge=1)   # mamba2; None: 64
+    ssm_groups: int | None = Field(None, ge=1)      # mamba2; None: 1
+    ssm_dt_limit: tuple[float, float] | None = None # mamba2: least and largest step size
+    conv_bias: bool = True
+    proj_bias: bool = False                         # of in_proj and out_proj
+    feed_forward: bool = True                       # False: a layer is its SSM block alone, as in Mamba
     num_experts: int = Field(4, ge=0)
     expert_size: int = Field(64, ge=1)        # also the width of a dense layer's FFN
     top_k_experts: int = Field(2, ge=0)
@@ -52,11 +63,17 @@ class IteraLiteConfig(Config):
     @property
     def mixture_layers(self) -> tuple[int, ...]:
         "Indices of the layers with a mixture of experts."
+        if not self.feed_forward: return ()
         return tuple(range(1, self.num_layers, 2)) if self.moe_layers is None else self.moe_layers
 
     @model_validator(mode="after")
     def _fits_together(self):
         if self.kernel not in KERNELS: raise ValueError(str(unknown("kernel", self.kernel, KERNELS)))
+        for name, kernel in KERNELS.items():
+            foreign = [f for f in kernel.FIELDS if name != self.kernel and getattr(self, f) is not None]
+            if foreign: raise ValueError(f"{foreign[0]} belongs to kernel {name}, this one is {self.kernel}: leave it out")
+        KERNELS[self.kernel].check(self)
+        if self.moe_layers and not self.feed_forward: raise ValueError("moe_layers names layers, feed_forward says there are none: leave one out")
         if self.mixture_layers and not min(1, self.num_experts) <= self.top_k_experts <= self.num_experts:
             raise ValueError(f"top_k_experts is {self.top_k_experts}, allowed 1 … num_experts ({self.num_experts}), or 0 of 0")
         wrong = [i for i in self.mixture_layers if not 0 <= i < self.num_layers]
@@ -173,10 +190,11 @@ class State(NamedTuple):
     position: int
     layers: list
 
-# %% ../nbs/02c_model.ipynb #1cbcb600
+# %% ../nbs/02c_model.ipynb #04084d4c
 class CausalLM(nn.Module):
-    "A decoder with tied embeddings. Subclasses make `self.layers`."
+    "A decoder-only language model. Subclasses make `self.layers`."
     balance_weight = 0.0
+    gradient_checkpointing = False   # True: training keeps each layer's input only and computes the rest again
 
     def __init__(self, config: Config):
         super().__init__()
@@ -184,12 +202,18 @@ class CausalLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.positions == "learned": self.position_embedding = nn.Embedding(c.max_seq_length, c.hidden_size)
         self.dropout = nn.Dropout(c.dropout)
-        self.norm_f = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.norm_f = make_norm(c)
+        if not c.tie_embeddings: self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        "Weight of the output layer, (V,D): the embedding's, unless the two are not tied."
+        return self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def _initialise(self, branches: int):
         "Embeddings σ 0.02 (positions too: at σ 1 training stays on the unigram plateau); residual outputs scaled by 1/√branches, as GPT-2."
         for name, p in self.named_parameters():
-            if name.endswith("embedding.weight"): nn.init.normal_(p, std=.02)
+            if name.endswith(("embedding.weight", "lm_head.weight")): nn.init.normal_(p, std=.02)
             if name.endswith(("out_proj.weight", "w2.weight", "attn.out.weight")): p.data.div_(math.sqrt(branches))
 
     def init_state(self, batch_size: int, device=None) -> State:
@@ -210,41 +234,42 @@ def _embed(self, ids: Tensor, position: int) -> Tensor:
 
 CausalLM._embed = _embed
 
-# %% ../nbs/02c_model.ipynb #936b7ea9
+# %% ../nbs/02c_model.ipynb #aa70024a
 def _hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, Tensor, State]:
     "`ids` (B,L) → normalised hidden states (B,L,D), balancing loss, state after the last token."
     position, states = state or (0, [None] * len(self.layers))
     x, balance, after = self._embed(ids, position), 0.0, []
+    keep_less = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
     for layer, s in zip(self.layers, states):
-        x, aux, s = layer(x, s)
+        x, aux, s = checkpoint(layer, x, s, use_reentrant=False) if keep_less else layer(x, s)
         balance = balance + aux
         after.append(s)
     return self.norm_f(x), balance, State(position + ids.shape[1], after)
 
 CausalLM.hidden = _hidden
 
-# %% ../nbs/02c_model.ipynb #e0f68fa5
+# %% ../nbs/02c_model.ipynb #a7eafbb9
 def _forward(self, ids: Tensor) -> Tensor:
     "`ids` (B,L) → logits (B,L,V)."
-    return F.linear(self.hidden(ids)[0], self.embedding.weight)
+    return F.linear(self.hidden(ids)[0], self.head)
 
 def _loss(self, inputs: Tensor, targets: Tensor) -> Loss:
     "Training loss; inputs and targets (B,L), negative targets do not count."
     h, balance, _ = self.hidden(inputs)
-    ce = linear_cross_entropy(h.flatten(0, 1), self.embedding.weight, targets.flatten())
+    ce = linear_cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
     return Loss(ce + self.balance_weight * balance, ce, torch.as_tensor(balance))
 
 def _token_nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
     "Nats of each target (B,L), without keeping logits; 0 where the target is negative."
-    return linear_nll(self.hidden(inputs)[0].flatten(0, 1), self.embedding.weight, targets.flatten()).view_as(targets)
+    return linear_nll(self.hidden(inputs)[0].flatten(0, 1), self.head, targets.flatten()).view_as(targets)
 
 CausalLM.forward, CausalLM.loss, CausalLM.token_nll = _forward, _loss, _token_nll
 
-# %% ../nbs/02c_model.ipynb #70af3070
+# %% ../nbs/02c_model.ipynb #e395fa73
 def _prefill(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     "Read `ids` (B,L) at once, after `state` → logits of the next token (B,V), new state."
     h, _, state = self.hidden(ids, state or self.init_state(len(ids)))
-    return F.linear(h[:, -1], self.embedding.weight), state
+    return F.linear(h[:, -1], self.head), state
 
 def _step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
     "Read one token per sequence, (B) → logits of the next (B,V), new state."
@@ -252,37 +277,39 @@ def _step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
     for layer, s in zip(self.layers, state.layers):
         x, s = layer.step(x, s)
         after.append(s)
-    return F.linear(self.norm_f(x), self.embedding.weight), State(state.position + 1, after)
+    return F.linear(self.norm_f(x), self.head), State(state.position + 1, after)
 
 CausalLM.prefill, CausalLM.step = _prefill, _step
 
-# %% ../nbs/02c_model.ipynb #47fc52d8
+# %% ../nbs/02c_model.ipynb #bf0a1804
 class IteraLayer(nn.Module):
-    "SSM block, then mixture of experts (`moe`) or dense network (`ffn`)."
+    "SSM block, then mixture of experts (`moe`), dense network (`ffn`), or nothing."
     def __init__(self, c: IteraLiteConfig, mixture: bool):
         super().__init__()
-        self.ssm, self.mixture = SSMBlock(c), mixture
+        self.ssm, self.mixture, self.feed_forward = SSMBlock(c), mixture, c.feed_forward
         if mixture: self.moe = MoE(c)
-        else: self.ffn = FFN(c, c.expert_size)
+        elif c.feed_forward: self.ffn = FFN(c, c.expert_size)
 
     def init_state(self, batch, device=None): return self.ssm.init_state(batch, device)
 
     def forward(self, x, state=None):
         x, state = self.ssm(x, state)
-        return (*self.moe(x), state) if self.mixture else (self.ffn(x), 0.0, state)
+        if self.mixture: return *self.moe(x), state
+        return self.ffn(x) if self.feed_forward else x, 0.0, state
 
     def step(self, x, state):
         x, state = self.ssm.step(x, state)
-        return self.moe.step(x) if self.mixture else self.ffn(x), state
+        if self.mixture: return self.moe.step(x), state
+        return self.ffn(x) if self.feed_forward else x, state
 
-# %% ../nbs/02c_model.ipynb #ecac5d50
+# %% ../nbs/02c_model.ipynb #1f3fb3ab
 class IteraLite(CausalLM):
     "State-space + mixture-of-experts language model."
     def __init__(self, config: IteraLiteConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(IteraLayer(config, i in config.mixture_layers) for i in range(config.num_layers))
         self.balance_weight = config.load_balance_loss_weight
-        self._initialise(2 * config.num_layers)
+        self._initialise((2 if config.feed_forward else 1) * config.num_layers)
 
     def expert_usage(self) -> dict[str, list[float]]:
         "Share of choices per expert and mixture layer, since `reset_expert_usage`."
@@ -311,13 +338,13 @@ class KVCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-# %% ../nbs/02c_model.ipynb #6769cae1
+# %% ../nbs/02c_model.ipynb #a54025d6
 class Attention(nn.Module):
     "Causal multi-head attention with LayerNorm before and residual."
     def __init__(self, c: TransformerConfig):
         super().__init__()
         self.num_heads = c.num_heads
-        self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.norm = make_norm(c)
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=False)
         self.out = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.dropout = nn.Dropout(c.dropout)

@@ -6,11 +6,12 @@
 __all__ = ['Expert', 'FFN', 'Router', 'load_balance', 'expert_counts', 'dispatch_reference', 'dispatch_grouped', 'dispatch_dense',
            'dispatch_single', 'MoE']
 
-# %% ../nbs/02b_moe.ipynb #2f71ab37
+# %% ../nbs/02b_moe.ipynb #c95af2ac
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from types import SimpleNamespace
+from .ssm import make_norm
 
 # %% ../nbs/02b_moe.ipynb #d7240660
 class Expert(nn.Module):
@@ -22,12 +23,12 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.w2(F.gelu(self.w1(x)))
 
-# %% ../nbs/02b_moe.ipynb #f243102d
+# %% ../nbs/02b_moe.ipynb #5f3337df
 class FFN(Expert):
-    "The dense layer: LayerNorm, one expert's feed-forward network, residual."
+    "The dense layer: norm, one expert's feed-forward network, residual."
     def __init__(self, c, width: int):  # c: the configuration of either model
         super().__init__(c.hidden_size, width)
-        self.norm, self.dropout = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps), nn.Dropout(c.dropout)
+        self.norm, self.dropout = make_norm(c), nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor) -> Tensor: return x + self.dropout(super().forward(self.norm(x)))
 
@@ -92,12 +93,12 @@ def dispatch_single(x: Tensor, weights: Tensor, chosen: Tensor, experts: list[Ex
     hidden = F.gelu(torch.stack([e.w1(x) for e in mine])) * weights.view(-1, 1, 1)   # (k,1,F)
     return torch.stack([e.w2(h) for e, h in zip(mine, hidden)]).sum(0)
 
-# %% ../nbs/02b_moe.ipynb #0858ff1f
+# %% ../nbs/02b_moe.ipynb #473ab623
 class MoE(nn.Module):
-    "LayerNorm, router, top-k experts, residual. With `num_experts` 0 it adds nothing: a published file lost its experts and kept this norm."
+    "Norm, router, top-k experts, residual. With `num_experts` 0 it adds nothing: a published file lost its experts and kept this norm."
     def __init__(self, c):  # c: an IteraLiteConfig
         super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps), nn.Dropout(c.dropout)
+        self.norm, self.dropout = make_norm(c), nn.Dropout(c.dropout)
         self.num_experts = c.num_experts
         if c.num_experts:
             self.router = Router(c.hidden_size, c.num_experts, c.top_k_experts)

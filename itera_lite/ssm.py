@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'KERNELS', 's4_reference', 'linear_scan', 's4_scan', 's4_step', 'relative_error', 'causal_conv',
-           'at_least_float32', 'S4Kernel', 'SSMBlock']
+           'at_least_float32', 'Kernel', 'inverse_softplus', 'initial_steps', 'S4Kernel', 'make_norm', 'SSMBlock']
 
 # %% ../nbs/02a_ssm.ipynb #44ac5d43
 import math
@@ -108,31 +108,49 @@ def at_least_float32(t: Tensor) -> Tensor:
     "Half formats go up to float32: in a recurrence rounding errors add up over positions."
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
-# %% ../nbs/02a_ssm.ipynb #3f1529ea
-class S4Kernel:
-    "The published kernel: one state vector shared by all channels, one step size per position."
+# %% ../nbs/02a_ssm.ipynb #33aef761
+class Kernel:
+    "What kernels have in common; each replaces what it does differently."
+    FIELDS = ()  # fields of a configuration that mean something to this kernel alone
+
+    @staticmethod
+    def check(c):
+        "Raise ValueError, in one line, for fields of `c` that contradict each other."
+
     @staticmethod
     def widths(c) -> SimpleNamespace:
         "Output width of in_proj and channels of conv1d for configuration `c`."
         return SimpleNamespace(projection=2 * c.d_inner, conv=c.d_inner)
 
     @staticmethod
+    def split(block, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        "in_proj's output as (input of the convolution, gate, whatever else the kernel takes from it)."
+        return (*projected.chunk(2, -1), None)
+
+    @staticmethod
+    def gated(block, y: Tensor, gate: Tensor) -> Tensor:
+        "The kernel's output under the gate, (…,I)."
+        return y * F.silu(gate)
+
+def inverse_softplus(x: Tensor) -> Tensor: return x + torch.log(-torch.expm1(-x))
+
+def initial_steps(n: int) -> Tensor:
+    "n step sizes, log-uniform between 0.001 and 0.1, as Mamba starts (§3.6)."
+    return torch.exp(torch.rand(n) * math.log(100) + math.log(1e-3))
+
+# %% ../nbs/02a_ssm.ipynb #d2ce055f
+class S4Kernel(Kernel):
+    "The published kernel: one state vector shared by all channels, one step size per position."
+    @staticmethod
     def add_parameters(block: nn.Module, c):
-        "A = −1 … −N; Δ between 1e-3 and 1e-1 (log-uniform) for an input of zero, as Mamba starts (§3.6)."
+        "A = −1 … −N; Δ as `initial_steps` for an input of zero."
         i, n = c.d_inner, c.ssm_state_size
         block.A_log = nn.Parameter(torch.arange(1, n + 1).float().log())
         block.B = nn.Parameter(torch.randn(n, i) / math.sqrt(i))
         block.C = nn.Parameter(torch.randn(i, n) / math.sqrt(n))
         block.D = nn.Parameter(torch.ones(i))
         block.dt_proj = nn.Linear(i, i)
-        dt = torch.exp(torch.rand(i) * math.log(100) + math.log(1e-3))
-        with torch.no_grad():
-            block.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-
-    @staticmethod
-    def split(block, projected: Tensor) -> tuple[Tensor, Tensor]:
-        "in_proj's output as (input of the convolution, gate)."
-        return projected.chunk(2, -1)
+        with torch.no_grad(): block.dt_proj.bias.copy_(inverse_softplus(initial_steps(i)))
 
     @staticmethod
     def init_state(block, batch: int, device) -> Tensor:
@@ -147,29 +165,33 @@ class S4Kernel:
         return y.to(x.dtype), state
 
     @classmethod
-    def scan(cls, block, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(cls, block, x: Tensor, rest, state: Tensor) -> tuple[Tensor, Tensor]:
         "`x` (B,L,I) and the state before it → y (B,L,I), state after it."
         return cls._run(s4_scan, block, x, state)
 
     @classmethod
-    def step(cls, block, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(cls, block, x: Tensor, rest, state: Tensor) -> tuple[Tensor, Tensor]:
         "`x` (B,I) → y (B,I), new state."
         return cls._run(s4_step, block, x, state)
 
-# %% ../nbs/02a_ssm.ipynb #2bbab3c4
-KERNELS = {"s4": S4Kernel}
+# %% ../nbs/02a_ssm.ipynb #ccf03515
+KERNELS: dict[str, type[Kernel]] = {"s4": S4Kernel}
 
-# %% ../nbs/02a_ssm.ipynb #ba9ff0e1
+# %% ../nbs/02a_ssm.ipynb #2dd610e3
+def make_norm(c) -> nn.Module:
+    "The norm that configuration `c` names: LayerNorm (weight, bias) or RMSNorm (weight; Zhang & Sennrich 2019)."
+    return (nn.RMSNorm if c.norm == "rmsnorm" else nn.LayerNorm)(c.hidden_size, eps=c.layer_norm_eps)
+
 class SSMBlock(nn.Module):
     "A residual state-space block; `c.kernel` names the recurrence inside."
     def __init__(self, c):  # c: an IteraLiteConfig (or anything with its SSM fields)
         super().__init__()
         self.kernel, w = KERNELS[c.kernel], KERNELS[c.kernel].widths(c)
-        self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.in_proj = nn.Linear(c.hidden_size, w.projection, bias=False)
-        self.conv1d = nn.Conv1d(w.conv, w.conv, c.ssm_conv_kernel, groups=w.conv)
+        self.norm = make_norm(c)
+        self.in_proj = nn.Linear(c.hidden_size, w.projection, bias=c.proj_bias)
+        self.conv1d = nn.Conv1d(w.conv, w.conv, c.ssm_conv_kernel, groups=w.conv, bias=c.conv_bias)
         self.kernel.add_parameters(self, c)
-        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=False)
+        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.proj_bias)
         self.dropout = nn.Dropout(c.dropout)
 
     def init_state(self, batch: int, device=None) -> tuple[Tensor, Tensor]:
@@ -177,26 +199,26 @@ class SSMBlock(nn.Module):
         w, d = self.conv1d.weight, device or self.conv1d.weight.device
         return (torch.zeros(batch, w.shape[-1] - 1, w.shape[0], device=d), self.kernel.init_state(self, batch, d))
 
-# %% ../nbs/02a_ssm.ipynb #3a838ac4
+# %% ../nbs/02a_ssm.ipynb #0c9c8513
 def _block_forward(self, u: Tensor, state=None) -> tuple[Tensor, tuple]:
     "`u` (B,L,D) and the state before it → output (B,L,D) with the residual added, state after it."
     conv_state, h = state or self.init_state(u.shape[0], u.device)
-    x, gate = self.kernel.split(self, self.in_proj(self.norm(u)))
+    x, gate, rest = self.kernel.split(self, self.in_proj(self.norm(u)))
     x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state.to(x.dtype))
-    y, h = self.kernel.scan(self, F.silu(x), h)
-    return u + self.dropout(self.out_proj(y * F.silu(gate))), (conv_state, h)
+    y, h = self.kernel.scan(self, F.silu(x), rest, h)
+    return u + self.dropout(self.out_proj(self.kernel.gated(self, y, gate))), (conv_state, h)
 
 SSMBlock.forward = _block_forward
 
-# %% ../nbs/02a_ssm.ipynb #391416c2
+# %% ../nbs/02a_ssm.ipynb #9cb3955f
 def _block_step(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
     "One position `u` (B,D) → (B,D), new state. Same arithmetic as `forward`, without the sequence dimension."
     window, h = state
-    x, gate = self.kernel.split(self, self.in_proj(self.norm(u)))
+    x, gate, rest = self.kernel.split(self, self.in_proj(self.norm(u)))
     window = torch.cat([window.to(x.dtype), x[:, None]], 1)               # (B,K,channels)
     x = (window * self.conv1d.weight[:, 0].T).sum(1)
     if self.conv1d.bias is not None: x = x + self.conv1d.bias
-    y, h = self.kernel.step(self, F.silu(x), h)
-    return u + self.out_proj(y * F.silu(gate)), (window[:, 1:], h)
+    y, h = self.kernel.step(self, F.silu(x), rest, h)
+    return u + self.out_proj(self.kernel.gated(self, y, gate)), (window[:, 1:], h)
 
 SSMBlock.step = _block_step
