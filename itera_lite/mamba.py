@@ -33,60 +33,65 @@ def mamba_reference(
         ys.append((C[:, t, :, None] * h).sum(1) + D * x[:, t])                                   # (B,I)
     return torch.stack(ys, 1) if ys else x, h
 
-# %% ../nbs/02aa_mamba.ipynb #f79ad0fd
-def _block_states(x, dt, A, B, before):
-    "Decays and states of a block of c positions, (c,B,N,I) each; inputs time first, `before` (B,N,I)."
-    decay = (dt[:, :, None] * A).exp_()
-    h = B[..., None] * (dt * x)[:, :, None]
-    for t in range(len(h)):
-        before = h[t].addcmul_(decay[t], before)
+# %% ../nbs/02aa_mamba.ipynb #e859f20e
+def _block_states(x, dt, A, B, before, space):
+    "Decays and states of a block of c positions, (c,B,N,I) each, written into `space`; inputs time first, `before` (B,N,I)."
+    decay, h = (s[:len(x)] for s in space[:2])
+    torch.mul(dt[:, :, None], A, out=decay).exp_()
+    torch.mul(B[..., None], (dt * x)[:, :, None], out=h)
+    for now, kept in zip(h.unbind(), decay.unbind()): before = now.addcmul_(kept, before)
     return decay, h
+
+def _space(n, block, state): return [state.new_empty(block, *state.shape) for _ in range(n)]   # fresh memory costs a page fault per 4 KB
 
 def _rows(block, length): return [slice(i, min(i + block, length)) for i in range(0, length, block)]
 
-def _time_first(*tensors): return [t.transpose(0, 1) for t in tensors]
+def _time_first(*tensors): return [t.transpose(0, 1).contiguous() for t in tensors]
 
-# %% ../nbs/02aa_mamba.ipynb #5be95706
+def _batch_first(*tensors): return tuple(_time_first(*tensors))
+
+# %% ../nbs/02aa_mamba.ipynb #8e053010
 @torch.library.custom_op("itera_lite::mamba_scan", mutates_args=())
 def mamba_blocks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     "x, dt (B,L,I); A (N,I) < 0; B, C (B,L,N); state (B,N,I) → y (B,L,I), last state, states before each block (blocks,B,N,I)."
     x, dt, B, C = _time_first(x, dt, B, C)
-    y, h = torch.empty_like(x, memory_format=torch.contiguous_format), state
-    starts = state.new_empty(len(_rows(block, len(x))), *state.shape)
+    y, h = torch.empty_like(x), state
+    starts, space = state.new_empty(len(_rows(block, len(x))), *state.shape), _space(2, block, state)
     for i, rows in enumerate(_rows(block, len(x))):
         starts[i] = h
-        states = _block_states(x[rows], dt[rows], A, B[rows], h)[1]
+        states = _block_states(x[rows], dt[rows], A, B[rows], h, space)[1]
         torch.matmul(C[rows][:, :, None], states, out=y[rows][:, :, None])
-        h = states[-1]
-    return y.transpose(0, 1).contiguous(), h.clone(), starts
+        h = states[-1].clone()
+    return *_batch_first(y), h, starts
 
 @mamba_blocks.register_fake
 def _(x, dt, A, B, C, state, block):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state), state.new_empty(-(-x.shape[1] // block), *state.shape)
 
-# %% ../nbs/02aa_mamba.ipynb #6f99f54a
+# %% ../nbs/02aa_mamba.ipynb #3de42a04
 @torch.library.custom_op("itera_lite::mamba_scan_backward", mutates_args=())
 def mamba_blocks_backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, block: int
                           ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Gradients of `mamba_blocks` for x, dt, A, B, C and the state, from those of y (B,L,I) and of the last state (B,N,I)."
     dy, x, dt, B, C = _time_first(dy, x, dt, B, C)
-    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-    dA, carried = torch.zeros_like(A), dlast
+    dx, ddt, dB, dC = map(torch.empty_like, (x, dt, B, C))
+    dA, carried, space = torch.zeros_like(A), dlast, _space(4, block, dlast)
     for i, rows in reversed(list(enumerate(_rows(block, len(x))))):
-        decay, h = _block_states(x[rows], dt[rows], A, B[rows], starts[i])
+        decay, h = _block_states(x[rows], dt[rows], A, B[rows], starts[i], space)
         torch.matmul(h, dy[rows][..., None], out=dC[rows][..., None])
-        g = C[rows][..., None] * dy[rows][:, :, None]                                # (c,B,N,I)
-        for t in range(len(g) - 1, -1, -1):
-            carried = g[t].add_(carried) if t == len(g) - 1 else g[t].addcmul_(decay[t + 1], carried)
+        g, free = (s[:len(h)] for s in space[2:])                                    # (c,B,N,I)
+        now, *earlier = reversed(torch.mul(C[rows][..., None], dy[rows][:, :, None], out=g).unbind())
+        now.add_(carried)
+        for before, kept in zip(earlier, reversed(decay.unbind())): now = before.addcmul_(kept, now)
+        carried = decay[0] * now
         u = dt[rows] * x[rows]
         torch.matmul(g, u[..., None], out=dB[rows][..., None])
         du = torch.matmul(B[rows][:, :, None], g)[:, :, 0]                           # (c,B,I)
-        carried = decay[0] * carried
         g[1:] *= h[:-1]; g[0] *= starts[i]; g *= decay                               # from here on: gradient of dt·A
-        dA += torch.einsum("cbni,cbi->ni", g, dt[rows])
         dx[rows] = du * dt[rows]
-        ddt[rows] = (g * A).sum(2).addcmul_(du, x[rows])
-    dx, ddt, dB, dC = (t.transpose(0, 1).contiguous() for t in (dx, ddt, dB, dC))
+        ddt[rows] = torch.mul(g, A, out=free).sum(2).addcmul_(du, x[rows])
+        dA += g.mul_(dt[rows][:, :, None]).sum((0, 1))
+    dx, ddt, dB, dC = _batch_first(dx, ddt, dB, dC)
     return dx, ddt, dA, dB, dC, carried.clone()
 
 @mamba_blocks_backward.register_fake

@@ -133,7 +133,10 @@ class Mamba2Kernel(Kernel):
         return x, gate, dt
 
     @staticmethod
-    def gated(block, y: Tensor, gate: Tensor) -> Tensor: return block.gate_norm(y * F.silu(gate))
+    def gated(block, y: Tensor, gate: Tensor) -> Tensor:
+        "The kernel's output under the gate, each group normed on its own."
+        y = (y * F.silu(gate)).unflatten(-1, (block.shape.groups, -1))
+        return F.rms_norm(y, y.shape[-1:], eps=block.gate_norm.eps).flatten(-2) * block.gate_norm.weight
 
     @staticmethod
     def init_state(block, batch: int, device) -> Tensor:
