@@ -147,7 +147,8 @@ def config_from_hf(
     for name, needed in HF_MUST.items():
         if values.get(name, needed) != needed: raise CheckpointError(f"config.json says {name} {values[name]!r}: this project's {kind} computes with {needed!r} only")
     known = HF_FIELDS | HF_OWN[kind]
-    strange = sorted(set(values) - set(known) - set(HF_MUST) - HF_DROPPED - {"model_type", "num_heads"})
+    idle = HF_DROPPED | ({"time_step_rank"} if kind == "mamba2" else set())   # Mamba-2 carries it along unused
+    strange = sorted(set(values) - set(known) - set(HF_MUST) - idle - {"model_type", "num_heads"})
     if strange: raise CheckpointError(f"config.json has the field {strange[0]!r}, which no {kind} model is known to have; remove it if it changes nothing")
     given = HF_DEFAULTS[kind] | {k: v for k, v in values.items() if k in known or k == "num_heads"}
     fields = dict(kernel=kind, norm="rmsnorm", positions="none", feed_forward=False) | {new: given[old] for old, new in known.items()}
@@ -157,7 +158,7 @@ def config_from_hf(
         if given["num_heads"] * given["head_dim"] != inner: raise CheckpointError(f"config.json says {given['num_heads']} heads of {given['head_dim']}, which are not expand × hidden_size = {inner}")
         low, high = fields["ssm_dt_limit"] or (0.0, float("inf"))
         fields["ssm_dt_limit"] = None if (low, high) == (0.0, float("inf")) else (low, min(high, 3.4e38))
-    dropped, missing = sorted(HF_DROPPED & set(values)), sorted(set(known) - set(values))
+    dropped, missing = sorted(idle & set(values)), sorted(set(known) - set(values))
     notes = [f"fields without a meaning here dropped: {', '.join(dropped)}"] * bool(dropped) + [f"fields missing, taken as Hugging Face's defaults: {', '.join(missing)}"] * bool(missing)
     return fields, notes
 
