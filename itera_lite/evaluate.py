@@ -289,13 +289,20 @@ def _attention(name:str):
 def _addmm(total, a, b, *args, out_shape=None, **kwargs):
     return 2 * math.prod(a) * b[-1]
 
+def _mamba_scan(x, dt, A, *args, out_shape=None, **kwargs): # Δ A, its exp, Δ x B, two for the recurrence, two for C h; Δ x once per channel
+    return math.prod(x) * (7 * A[0] + 1)
+
+def _mamba_scan_backward(dy, dlast, x, dt, A, *args, out_shape=None, **kwargs): # the states again, the recurrence backwards, and six products
+    return math.prod(x) * (20 * A[0] + 6)
+
 def _formulas() -> dict:
     "Formulas for what torch's own counter does not know, by operation."
     aten = torch.ops.aten
     table = {name: _per_output(cost) for name, cost in FUSED.items()} | {name: _per_output(1) for name in ELEMENTWISE} | {name: _per_input for name in REDUCTIONS}
     table |= {f"{name}_": formula for name, formula in table.items() if not name.startswith("_")}  # the in-place spellings
     table |= {"addmm_": _addmm} | {name: _attention(name) for k in KERNELS for name in (f"_scaled_dot_product_{k}", f"_scaled_dot_product_{k}_backward")}
-    return {getattr(aten, name): formula for name, formula in table.items() if hasattr(aten, name)}
+    own = {torch.ops.itera_lite.mamba_scan: _mamba_scan, torch.ops.itera_lite.mamba_scan_backward: _mamba_scan_backward}
+    return {getattr(aten, name): formula for name, formula in table.items() if hasattr(aten, name)} | own
 
 class AllFlops(FlopCounterMode):
     "torch's counter with the missing formulas; `uncounted` names what it still could not price."

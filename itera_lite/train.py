@@ -53,6 +53,7 @@ class TrainConfig(BaseModel):
     patience: int = Field(0, ge=0) # evaluations without improvement before stopping; 0: never stop early
     checkpoint_every_steps: int = Field(100, gt=0)
     log_every_steps: int = Field(10, gt=0)
+    gradient_checkpointing: bool = False # keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more work
     precision: Literal["fp32", "bf16", "fp16"] = "fp32" # of the forward and backward pass; weights stay fp32
     device: Literal["auto", "cpu"] = "auto" # auto: an accelerator where there is one
     compile: bool = False # torch.compile the loss
@@ -349,6 +350,7 @@ class Trainer:
         progress:bool=True, # whether to show a curve or bar
     ):
         self.model, self.config, self.folder, self.show = model, config, Path(folder), progress
+        model.gradient_checkpointing = config.gradient_checkpointing
         check_fit(model, train_stream, config)
         self.accelerator = make_accelerator(config)
         self.processes, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
