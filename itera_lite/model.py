@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .core import ConfigError, unknown
 from torch.utils.checkpoint import checkpoint
-from . import mamba, mamba2   # each enters its kernel in KERNELS
+from . import mamba, mamba2, scan_triton   # the first two enter their kernels in KERNELS, the third its GPU versions of the scans
 from .moe import FFN, MoE
 from .ssm import KERNELS, SSMBlock, at_least_float32, make_norm
 
