@@ -144,25 +144,25 @@ class Mamba2Kernel(Kernel):
         s = block.shape
         return torch.zeros(batch, s.heads, s.state, s.head, device=device)
 
-    @staticmethod
-    def _run(path, block, x: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        s, dtype = block.shape, x.dtype
-        wide = s.groups * s.state
-        x, B, C = at_least_float32(x).split((s.inner, wide, wide), -1)
-        B, C = (t.unflatten(-1, (s.groups, s.state)) for t in (B, C))
-        dt = F.softplus(at_least_float32(dt) + at_least_float32(block.dt_bias))
-        if s.dt_limit is not None: dt = dt.clamp(*s.dt_limit)
-        y, state = path(x.unflatten(-1, (s.heads, s.head)), dt, at_least_float32(block.A_log), B, C, at_least_float32(block.D), state)
-        return y.flatten(-2).to(dtype), state
-
-    @classmethod
-    def scan(cls, block, x: Tensor, rest: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        "`x` (B,L,I+2GN), step sizes before their bias (B,L,H), state → y (B,L,I), state after it."
-        return cls._run(mamba2_scan, block, x, rest, state)
-
-    @classmethod
-    def step(cls, block, x: Tensor, rest: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        "`x` (B,I+2GN), (B,H) → y (B,I), new state."
-        return cls._run(mamba2_step, block, x, rest, state)
-
 KERNELS["mamba2"] = Mamba2Kernel
+
+# %% ../nbs/02ab_mamba2.ipynb #74307b97
+def _run(path, block, x: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    s, dtype = block.shape, x.dtype
+    wide = s.groups * s.state
+    x, B, C = at_least_float32(x).split((s.inner, wide, wide), -1)
+    B, C = (t.unflatten(-1, (s.groups, s.state)) for t in (B, C))
+    dt = F.softplus(at_least_float32(dt) + at_least_float32(block.dt_bias))
+    if s.dt_limit is not None: dt = dt.clamp(*s.dt_limit)
+    y, state = path(x.unflatten(-1, (s.heads, s.head)), dt, at_least_float32(block.A_log), B, C, at_least_float32(block.D), state)
+    return y.flatten(-2).to(dtype), state
+
+def _scan(block, x: Tensor, rest: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    "`x` (B,L,I+2GN), step sizes before their bias (B,L,H), state → y (B,L,I), state after it."
+    return _run(mamba2_scan, block, x, rest, state)
+
+def _step(block, x: Tensor, rest: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    "`x` (B,I+2GN), (B,H) → y (B,I), new state."
+    return _run(mamba2_step, block, x, rest, state)
+
+Mamba2Kernel.scan, Mamba2Kernel.step = staticmethod(_scan), staticmethod(_step)
