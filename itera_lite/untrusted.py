@@ -456,7 +456,7 @@ def scan(
     if not plan.tensors: raise refusal("it holds no tensors")
     return plan
 
-# %% ../nbs/02eb_untrusted.ipynb #143e0e44
+# %% ../nbs/02eb_untrusted.ipynb #5b3b5248
 class Inert:
     "Stands for an object of a configuration class while torch reads."
     def __setstate__(self, state): pass
@@ -491,7 +491,7 @@ def write_tensors(
     path, # destination
     tensors:dict, # name → plain tensor
 ):
-    "Write a safetensors file, holding a copy of one tensor at a time."
+    "Write a safetensors file; what is not contiguous is copied a few rows at a time."
     import torch
     header, end = {}, 0
     for name, t in tensors.items():
@@ -501,7 +501,9 @@ def write_tensors(
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
-        for t in tensors.values(): file.write(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for t in tensors.values():
+            parts = [t] if t.is_contiguous() else t.split(max(1, 2**20 * len(t) // t.nbytes))
+            for part in parts: file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 # %% ../nbs/02eb_untrusted.ipynb #3e42edb2
 STOPPED = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "subprocess.", "socket.", "pty.", "webbrowser.", "urllib.", "ftplib.", "smtplib.",
