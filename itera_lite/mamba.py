@@ -33,91 +33,99 @@ def mamba_reference(
         ys.append((C[:, t, :, None] * h).sum(1) + D * x[:, t])                                   # (B,I)
     return torch.stack(ys, 1) if ys else x, h
 
-# %% ../nbs/02aa_mamba.ipynb #e859f20e
-def _block_states(x, dt, A, B, before, space):
-    "Decays and states of a block of c positions, (c,B,N,I) each, written into `space`; inputs time first, `before` (B,N,I)."
-    decay, h = (s[:len(x)] for s in space[:2])
-    torch.mul(dt[:, :, None], A, out=decay).exp_()
-    torch.mul(B[..., None], (dt * x)[:, :, None], out=h)
-    for now, kept in zip(h.unbind(), decay.unbind()): before = now.addcmul_(kept, before)
-    return decay, h
+# %% ../nbs/02aa_mamba.ipynb #75dbf580
+def _states(x, dt, A, B, before):
+    "Decays and states of a block of c positions, (c,B,N,I) each; inputs time first, `before` (B,N,I)."
+    decay, u = torch.exp(dt[:, :, None] * A), B[..., None] * (dt * x)[:, :, None]
+    h = []
+    for t in range(len(x)): h.append(torch.addcmul(u[t], decay[t], h[-1] if h else before))
+    return decay, torch.stack(h)
 
-def _space(n, block, state): return [state.new_empty(block, *state.shape) for _ in range(n)]   # fresh memory costs a page fault per 4 KB
+def _forward_block(x, dt, A, B, C, before):
+    "y (c,B,I) of a block, and the state after it."
+    h = _states(x, dt, A, B, before)[1]
+    return (C[..., None] * h).sum(2), h[-1].clone()
 
-def _rows(block, length): return [slice(i, min(i + block, length)) for i in range(0, length, block)]
+# %% ../nbs/02aa_mamba.ipynb #e1882ec7
+def _backward_block(dy, after, x, dt, A, B, C, before):
+    "Gradients of a block for x, dt, B, C, A and the state before it; `after` (B,N,I) is that of the state after it."
+    decay, h = _states(x, dt, A, B, before)
+    direct, g = C[..., None] * dy[:, :, None], []
+    for t in reversed(range(len(x))):
+        g.append(direct[t] + after)
+        after = g[-1] * decay[t]
+    g, u = torch.stack(g[::-1]), dt * x
+    du, rates = (g * B[..., None]).sum(2), g * torch.cat([before[None], h[:-1]]) * decay    # rates: gradient of dt·A
+    return (du * dt, du * x + (rates * A).sum(2), (g * u[:, :, None]).sum(-1), (h * dy[:, :, None]).sum(-1),
+            (rates * dt[:, :, None]).sum((0, 1)), after.clone())
 
-def _time_first(*tensors): return [t.transpose(0, 1).contiguous() for t in tensors]
+# %% ../nbs/02aa_mamba.ipynb #3e463395
+_COMPILED = {}  # function → its compiled form
 
-def _batch_first(*tensors): return tuple(_time_first(*tensors))
+def _form(function, compiled: bool):
+    if compiled and function not in _COMPILED: _COMPILED[function] = torch.compile(function)
+    return _COMPILED[function] if compiled else function
 
-# %% ../nbs/02aa_mamba.ipynb #8e053010
+def _blocks(t: Tensor, block: int) -> Tensor:
+    "(B,L,…) → (blocks,block,B,…); filled up with steps of size 0, which change nothing."
+    t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % block))
+    return t.transpose(0, 1).contiguous().unflatten(0, (-1, block))
+
+def _sequence(blocks, length: int) -> Tensor:
+    "Undo `_blocks`."
+    return torch.cat(blocks)[:length].transpose(0, 1).contiguous()
+
 @torch.library.custom_op("itera_lite::mamba_scan", mutates_args=())
-def mamba_blocks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def mamba_blocks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, block: int, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
     "x, dt (B,L,I); A (N,I) < 0; B, C (B,L,N); state (B,N,I) → y (B,L,I), last state, states before each block (blocks,B,N,I)."
-    x, dt, B, C = _time_first(x, dt, B, C)
-    y, h = torch.empty_like(x), state
-    starts, space = state.new_empty(len(_rows(block, len(x))), *state.shape), _space(2, block, state)
-    for i, rows in enumerate(_rows(block, len(x))):
-        starts[i] = h
-        states = _block_states(x[rows], dt[rows], A, B[rows], h, space)[1]
-        torch.matmul(C[rows][:, :, None], states, out=y[rows][:, :, None])
-        h = states[-1].clone()
-    return *_batch_first(y), h, starts
+    step, y, starts = _form(_forward_block, compiled), [], [state]
+    with torch.no_grad():
+        for part in zip(*(_blocks(t, block) for t in (x, dt, B, C))):
+            new, after = step(*part[:2], A, *part[2:], starts[-1])
+            y.append(new); starts.append(after)
+        return _sequence(y, x.shape[1]), starts[-1].clone(), torch.stack(starts[:-1])
 
 @mamba_blocks.register_fake
-def _(x, dt, A, B, C, state, block):
+def _(x, dt, A, B, C, state, block, compiled):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state), state.new_empty(-(-x.shape[1] // block), *state.shape)
 
-# %% ../nbs/02aa_mamba.ipynb #3de42a04
+# %% ../nbs/02aa_mamba.ipynb #586fc02e
 @torch.library.custom_op("itera_lite::mamba_scan_backward", mutates_args=())
-def mamba_blocks_backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, block: int
+def mamba_blocks_backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, block: int, compiled: bool
                           ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Gradients of `mamba_blocks` for x, dt, A, B, C and the state, from those of y (B,L,I) and of the last state (B,N,I)."
-    dy, x, dt, B, C = _time_first(dy, x, dt, B, C)
-    dx, ddt, dB, dC = map(torch.empty_like, (x, dt, B, C))
-    dA, carried, space = torch.zeros_like(A), dlast, _space(4, block, dlast)
-    for i, rows in reversed(list(enumerate(_rows(block, len(x))))):
-        decay, h = _block_states(x[rows], dt[rows], A, B[rows], starts[i], space)
-        torch.matmul(h, dy[rows][..., None], out=dC[rows][..., None])
-        g, free = (s[:len(h)] for s in space[2:])                                    # (c,B,N,I)
-        now, *earlier = reversed(torch.mul(C[rows][..., None], dy[rows][:, :, None], out=g).unbind())
-        now.add_(carried)
-        for before, kept in zip(earlier, reversed(decay.unbind())): now = before.addcmul_(kept, now)
-        carried = decay[0] * now
-        u = dt[rows] * x[rows]
-        torch.matmul(g, u[..., None], out=dB[rows][..., None])
-        du = torch.matmul(B[rows][:, :, None], g)[:, :, 0]                           # (c,B,I)
-        g[1:] *= h[:-1]; g[0] *= starts[i]; g *= decay                               # from here on: gradient of dt·A
-        dx[rows] = du * dt[rows]
-        ddt[rows] = torch.mul(g, A, out=free).sum(2).addcmul_(du, x[rows])
-        dA += g.mul_(dt[rows][:, :, None]).sum((0, 1))
-    dx, ddt, dB, dC = _batch_first(dx, ddt, dB, dC)
-    return dx, ddt, dA, dB, dC, carried.clone()
+    step, parts, dA, after = _form(_backward_block, compiled), [], torch.zeros_like(A), dlast
+    with torch.no_grad():
+        for w, u, d, b, c, before in reversed(list(zip(*(_blocks(t, block) for t in (dy, x, dt, B, C)), starts))):
+            *part, rates, after = step(w, after, u, d, A, b, c, before)
+            parts.append(part); dA += rates
+        dx, ddt, dB, dC = (_sequence(p, x.shape[1]) for p in zip(*reversed(parts)))
+    return dx, ddt, dA, dB, dC, after
 
 @mamba_blocks_backward.register_fake
-def _(dy, dlast, x, dt, A, B, C, starts, block):
+def _(dy, dlast, x, dt, A, B, C, starts, block, compiled):
     return *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C)), torch.empty_like(dlast)
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.block = inputs
+    *tensors, ctx.block, ctx.compiled = inputs
     ctx.save_for_backward(*tensors[:5], output[2])
 
 def _backward(ctx, dy, dlast, _):
-    return *mamba_blocks_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors, ctx.block), None
+    return *mamba_blocks_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors, ctx.block, ctx.compiled), None, None
 
 mamba_blocks.register_autograd(_backward, setup_context=_keep)
 
-# %% ../nbs/02aa_mamba.ipynb #140932b6
+# %% ../nbs/02aa_mamba.ipynb #e3e7dc75
 def mamba_scan(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,  # as in `mamba_reference`
     state: Tensor | None = None,  # (B,N,I)
-    block: int = 32,              # positions whose states exist at the same time
+    block: int = 16,              # positions whose states exist at the same time
 ) -> tuple[Tensor, Tensor]:       # y (B,L,I), last state (B,N,I)
     "The selective recurrence by blocks; equal to `mamba_reference` within rounding. Holds B·(L/block + 3·block)·N·I numbers."
     A = -A_log.exp().T.contiguous()
     if state is None: state = x.new_zeros(x.shape[0], *A.shape)
     if not x.shape[1]: return x, state
-    with torch.autocast(x.device.type, enabled=False): y, last, _ = mamba_blocks(x, dt, A, B, C, state, block)
+    with torch.autocast(x.device.type, enabled=False): y, last, _ = mamba_blocks(x, dt, A, B, C, state, min(block, x.shape[1]), torch.compiler.is_compiling())
     return y + D * x, last
 
 # %% ../nbs/02aa_mamba.ipynb #60c87f2e

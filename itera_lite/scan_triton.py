@@ -88,7 +88,7 @@ def _mamba_backward(dy, dlast, x, dt, A, B, C, starts, scratch, dx, ddt, dA, dB,
     tl.store(dA + b * N * I + ni, total, mask=m)
     tl.store(dstate + b * N * I + ni, g, mask=m)
 
-# %% ../nbs/02ac_scan_triton.ipynb #a9492387
+# %% ../nbs/02ac_scan_triton.ipynb #7b638bce
 CHANNELS = 32  # of one program
 
 def _shape(x: Tensor, A: Tensor):
@@ -96,7 +96,7 @@ def _shape(x: Tensor, A: Tensor):
     (batch, length, i), n = x.shape, A.shape[0]
     return batch, length, i, n, max(2, triton.next_power_of_2(n)), (batch, triton.cdiv(i, CHANNELS))
 
-def mamba_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def mamba_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, block: int, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     "As `mamba.mamba_blocks`, in one kernel."
     x, dt, A, B, C, state = (t.contiguous() for t in (x, dt, A, B, C, state))
     batch, length, i, n, padded, grid = _shape(x, A)
@@ -104,7 +104,7 @@ def mamba_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state:
     _mamba_forward[grid](x, dt, A, B, C, state, y, last, starts, batch, length, i, n, block, NP=padded, BI=CHANNELS)
     return y, last, starts
 
-def mamba_backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, block: int):
+def mamba_backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, block: int, compiled: bool = False):
     "As `mamba.mamba_blocks_backward`, in one kernel."
     dy, dlast, x, dt, A, B, C, starts = (t.contiguous() for t in (dy, dlast, x, dt, A, B, C, starts))
     batch, length, i, n, padded, grid = _shape(x, A)
