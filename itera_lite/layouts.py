@@ -86,15 +86,17 @@ def to_native(
     wrapped = [n for b, n in bare.items() if b != n]
     if wrapped: notes.append(f"{len(wrapped)} names lost their wrapper, such as {wrapped[0]!r}")
     layout = layout or layout_of(bare)
-    native, original, left_out = {}, {}, []
+    native, original, left_out, empty = {}, {}, [], []
     for name, stored in bare.items():
         known, new = rename(name, LAYOUTS[layout])
         if not known:
             near = difflib.get_close_matches(name, [n for n in bare if rename(n, LAYOUTS[layout])[0]], 1)
             raise CheckpointError(f"tensor {stored!r} has no place in the layout '{layout}'" + (f"; the nearest known name in the file is {near[0]!r}" if near else ""))
         if new is None: left_out.append(stored)
+        elif not tensors[stored].numel(): empty.append(stored)
         elif new in native: raise CheckpointError(f"tensors {original[new]!r} and {stored!r} both are {new!r}")
         else: native[new], original[new] = tensors[stored], stored
+    if empty: notes.append(f"{len(empty)} tensors without a single number left out, such as {empty[0]!r} of shape {tuple(tensors[empty[0]].shape)}")
     if left_out: notes.append(f"{len(left_out)} statistics left out, such as {left_out[0]!r}")
     head, embedding = native.get("lm_head.weight"), native.get("embedding.weight")
     if head is not None and embedding is not None and _same(head, embedding):
@@ -156,7 +158,7 @@ def config_from_hf(
     if kind == "mamba2":
         inner = given["expand"] * given["hidden_size"]
         if given["num_heads"] * given["head_dim"] != inner: raise CheckpointError(f"config.json says {given['num_heads']} heads of {given['head_dim']}, which are not expand × hidden_size = {inner}")
-        low, high = fields["ssm_dt_limit"] or (0.0, float("inf"))
+        low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in fields["ssm_dt_limit"] or (0.0, float("inf")))   # its spelling of infinity in JSON
         fields["ssm_dt_limit"] = None if (low, high) == (0.0, float("inf")) else (low, min(high, 3.4e38))
     dropped, missing = sorted(idle & set(values)), sorted(set(known) - set(values))
     notes = [f"fields without a meaning here dropped: {', '.join(dropped)}"] * bool(dropped) + [f"fields missing, taken as Hugging Face's defaults: {', '.join(missing)}"] * bool(missing)
@@ -177,4 +179,5 @@ def config_to_hf(
     values |= {old: getattr(c, new) for old, new in HF_FIELDS.items()}
     if c.kernel == "mamba": return values | {"time_step_rank": c.ssm_dt_rank or -(-c.hidden_size // 16), "intermediate_size": c.d_inner}
     head = c.ssm_head_size or 64
-    return values | {"head_dim": head, "num_heads": c.d_inner // head, "n_groups": c.ssm_groups or 1, "time_step_limit": list(c.ssm_dt_limit or (0.0, float("inf"))), "rms_norm": True}
+    limit = {"time_step_limit": list(c.ssm_dt_limit)} if c.ssm_dt_limit else {}
+    return values | {"head_dim": head, "num_heads": c.d_inner // head, "n_groups": c.ssm_groups or 1, "rms_norm": True} | limit
