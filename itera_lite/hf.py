@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IteraLiteHFConfig', 'IteraLiteTransformerHFConfig', 'select_rows', 'StateCache', 'row_starts', 'PackedConfig',
            'PackedQuantizer', 'empty_packed', 'IteraLiteForCausalLM', 'IteraLiteTransformerForCausalLM', 'wrap',
-           'hf_tokenizer', 'from_folder', 'hub_card', 'export']
+           'hf_tokenizer', 'from_folder', 'hub_card', 'export', 'load_either', 'harness_class', 'harness', 'main']
 
-# %% ../nbs/02f_hf.ipynb #be1faddc
-import difflib, os, re, secrets, shutil, sys
+# %% ../nbs/02f_hf.ipynb #fc76c241
+import difflib, functools, json, os, secrets, shutil, sys
 from pathlib import Path
 
 import torch, yaml
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
 from .checkpoint import card_text, load_model, load_tokenizer
-from .core import CheckpointError, ConfigError, unknown
+from .core import CheckpointError, ConfigError, IteraLiteError, unknown
 from .data import EOS, UNK
 from .formats import FORMATS, SCALE_DTYPE, Packed, PackedModule, PrecisionMap, compact_map, coverage, pack_parameter, pack_tensor, scale_shape, tensor_precisions
 from .model import CONFIG_TYPES, CausalLM, KVCache, State, build_model, config_from_dict
@@ -360,3 +360,66 @@ def export(
     except OSError as e: raise CheckpointError(f"{out} could not be written: {e.strerror or e}") from None
     finally: shutil.rmtree(part, ignore_errors=True)
     return out
+
+# %% ../nbs/02f_hf.ipynb #cd80d8fd
+def load_either(
+    folder,        # a model folder, or one of Hugging Face's kind
+    device="cpu",
+) -> tuple[IteraLiteForCausalLM, PreTrainedTokenizerFast]:
+    "Model and tokenizer of a folder of either kind. Raises CheckpointError, in one line, where it is neither, or has no tokenizer."
+    folder = Path(folder)
+    try: theirs = "model_type" in json.loads((folder/"config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): theirs = False              # what is wrong with it, `load_model` says
+    if theirs:
+        try: model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).to(device), AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as e: raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(e).split())}") from None
+        if not isinstance(model, IteraLiteForCausalLM): raise CheckpointError(f"{folder} holds a {model.config.model_type}, not a model of this project")
+    else: model, tokenizer = from_folder(folder, device)
+    if tokenizer is None: raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be scored without one")
+    return model, tokenizer
+
+@functools.cache
+def harness_class() -> type:
+    "The harness's class for our models, registered there as `itera_lite`. Raises ConfigError where lm_eval is not installed."
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error: raise ConfigError(f"lm_eval is not installed ({error}): pip install 'itera-lite[hf]'") from None
+
+    @register_model("itera_lite")
+    class HarnessLM(HFLM):
+        "A model folder of either kind for `lm_eval`."
+        def __init__(self, pretrained, device:str|None=None, batch_size=16, **settings):
+            if str(device).startswith("cuda") and not torch.cuda.is_available():   # the command line asks for cuda where it is told nothing
+                print(f"device {device} is not available, running on cpu", file=sys.stderr)
+                device = "cpu"
+            model, tokenizer = load_either(pretrained, device or "cpu")
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **({"backend": "causal"} | settings))
+
+        def loglikelihood_rolling(self, requests, disable_tqdm:bool=False):
+            before, self.add_bos_token = self.add_bos_token, False   # each window has its beginning from the harness already
+            try: return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally: self.add_bos_token = before
+
+    return HarnessLM
+
+def harness(
+    folder,              # a model folder, dense or packed, or one of Hugging Face's kind
+    batch_size:int=16,
+    device:str="cpu",
+    **settings,          # of lm_eval.models.huggingface.HFLM
+):
+    "A model for `lm_eval.simple_evaluate(model=…)`."
+    return harness_class()(folder, device=device, batch_size=batch_size, **settings)
+
+def main() -> str | None:  # what was wrong, in one line
+    "`lm_eval`'s own command line, with our models registered."
+    try:
+        harness_class()
+        from lm_eval.__main__ import cli_evaluate
+        cli_evaluate()
+    except IteraLiteError as error: return str(error)
+
+# %% ../nbs/02f_hf.ipynb #2786ceb9
+# `python -m itera_lite.hf`; in a notebook, where __name__ is __main__ too, nothing happens
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
