@@ -60,10 +60,15 @@ class FolderConfig(Strict):
     architecture: dict # fields of the model's configuration
     precision: dict[str, Literal[tuple(FORMATS)]] # ordered map from name patterns
     weights: dict[Annotated[str, Field(pattern=WEIGHT_FILE)], Sha256] = Field(min_length=1) # file → hash
+    sha256: Sha256|None = None # of everything above; folders of the first days have none
+
+    def checksum(self)->str:
+        "Hash of the file's other parts: one changed digit of a norm's epsilon would be another model."
+        return sha256_text(json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True, separators=(",", ":"), allow_nan=False))
 
     def text(self)->str: # JSON, a line for each part
         "The file's content."
-        parts = self.model_dump(mode="json").items()
+        parts = (self.model_dump(mode="json") | {"sha256": self.checksum()}).items()
         return "{\n" + ",\n".join(f"{json.dumps(k)}:{json.dumps(v, separators=(',', ':'), allow_nan=False)}" for k, v in parts) + "\n}\n"
 
 def read_config(
@@ -78,8 +83,10 @@ def read_config(
     strange = [k for k in values if k not in FolderConfig.model_fields]
     if strange: raise unknown(f"key of {path}", strange[0], FolderConfig.model_fields, error=CheckpointError)
     if values.get("format_version") != FORMAT_VERSION: raise CheckpointError(f"{path} has format_version {values.get('format_version')}; this version of the project reads {FORMAT_VERSION}")
-    try: return FolderConfig.model_validate(values)
+    try: config = FolderConfig.model_validate(values)
     except ValidationError as e: raise CheckpointError(f"{path}: {first_problem(e)}") from None
+    if config.sha256 not in (None, config.checksum()): raise CheckpointError(f"{path} was altered: its own checksum says so; copy the folder again, or take the line 'sha256' out if you changed it on purpose")
+    return config
 
 # %% ../nbs/02e_checkpoint.ipynb #ac792c2e
 def cut_rows(
@@ -106,6 +113,8 @@ def join_rows(
     for (name, count), parts in cut.items():
         missing = sorted(set(range(1, count + 1)) - set(parts))
         if missing or name in whole: raise CheckpointError(f"tensor '{name}' comes in {count} parts, of which part {missing[0] if missing else 'all'} {'is missing' if missing else 'and the whole are present'}")
+        kinds = {(p.dtype, p.shape[1:]) for p in parts.values()} # cat would quietly promote one type to another
+        if len(kinds) > 1: raise CheckpointError(f"tensor '{name}' comes in parts of different types or widths: {', '.join(sorted({str(d) + str(list(s)) for d, s in kinds}))}")
         whole[name] = torch.cat([parts[i] for i in sorted(parts)])
     return whole
 

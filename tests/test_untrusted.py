@@ -642,7 +642,8 @@ def test_model_folders_refuse_every_attack(tmp_path):
     for family, name, _, content in cases(canary):
         (folder / "model.safetensors").write_bytes(content)
         for forged in (False, True):
-            config = good | {"weights": {"model.safetensors": sha256_file(folder / "model.safetensors")}} if forged else good
+            forgery = {"weights": {"model.safetensors": sha256_file(folder / "model.safetensors")}, "sha256": None}
+            config = good | forgery if forged else good
             (folder / "config.json").write_text(json.dumps(config))
             try:
                 load_model(folder)
