@@ -7,8 +7,8 @@ __all__ = ['IteraLiteHFConfig', 'IteraLiteTransformerHFConfig', 'select_rows', '
            'PackedQuantizer', 'empty_packed', 'IteraLiteForCausalLM', 'IteraLiteTransformerForCausalLM', 'wrap',
            'hf_tokenizer', 'from_folder', 'hub_card', 'export', 'load_either', 'harness_class', 'harness', 'main']
 
-# %% ../nbs/02f_hf.ipynb #fc76c241
-import difflib, functools, json, os, secrets, shutil, sys
+# %% ../nbs/02f_hf.ipynb #7994644a
+import difflib, functools, json, math, os, secrets, shutil, sys
 from pathlib import Path
 
 import torch, yaml
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .checkpoint import card_text, load_model, load_tokenizer
 from .core import CheckpointError, ConfigError, IteraLiteError, unknown
 from .data import EOS, UNK
-from .formats import FORMATS, SCALE_DTYPE, Packed, PackedModule, PrecisionMap, compact_map, coverage, pack_parameter, pack_tensor, scale_shape, tensor_precisions
+from .formats import FORMATS, SCALE_DTYPE, Packed, PackedModule, PrecisionMap, compact_map, coverage, pack_parameter, pack_tensor, scale_shape, tensor_precisions, tensor_shapes
 from .model import CONFIG_TYPES, CausalLM, KVCache, State, build_model, config_from_dict
 from .moe import MoE
 
@@ -143,7 +143,7 @@ def empty_packed(
         packed[name] = Packed(p, torch.empty(shape, dtype=FORMATS[p].dtype, device=device), None if scale is None else torch.empty(scale, dtype=SCALE_DTYPE, device=device))
     return packed
 
-# %% ../nbs/02f_hf.ipynb #d5482316
+# %% ../nbs/02f_hf.ipynb #270a4d04
 class IteraLiteForCausalLM(PreTrainedModel, GenerationMixin):
     "`itera_lite.model.CausalLM` as a model of `transformers`."
     config_class = IteraLiteHFConfig
@@ -173,6 +173,20 @@ class IteraLiteForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm_head.to_empty(device=self.embedding._compute.device)
             pack_parameter(self.lm_head, "weight", None, tied_to=(self.embedding, "weight"))
         if packed: self.all_tied_weights_keys = {}
+
+    @property
+    def _any(self) -> Tensor: return next((p for p in self.parameters() if p.is_floating_point()), self.embedding._buffers.get("_compute"))   # a packed model may have no parameter
+
+    @property
+    def dtype(self) -> torch.dtype: return self._any.dtype
+
+    @property
+    def device(self) -> torch.device: return self._any.device
+
+    def num_parameters(self, only_trainable:bool=False, exclude_embeddings:bool=False) -> int:
+        "Weights, packed ones included; a packed weight cannot be trained."
+        if only_trainable: return super().num_parameters(only_trainable, exclude_embeddings)
+        return sum(math.prod(shape) for name, shape in tensor_shapes(self.lm).items() if not (exclude_embeddings and "embedding" in name))
 
     def get_expanded_tied_weights_keys(self, all_submodels:bool=False): return {} if isinstance(self.lm_head, PackedModule) else super().get_expanded_tied_weights_keys(all_submodels)
 
@@ -204,7 +218,7 @@ def _train(self, mode:bool=True):
 
 IteraLiteForCausalLM.train = _train
 
-# %% ../nbs/02f_hf.ipynb #b1226639
+# %% ../nbs/02f_hf.ipynb #87442738
 def _read(self, ids: Tensor, state: State | None, keep) -> tuple[Tensor, Tensor | float, State]:
     "`ids` (b,l) after `state` → logits of the positions `keep`, balancing loss, new state."
     if state is not None and ids.shape[1] == 1 and state.position and not self.training:
@@ -227,8 +241,9 @@ def _unsupported(given: dict):
     "Refuse arguments that would change the result and that this model has no way to follow."
     wrong = [k for k in ("inputs_embeds", "position_ids", "output_hidden_states", "output_attentions") if given.get(k) is not None and given[k] is not False]
     if wrong: raise ConfigError(f"{wrong[0]} is not supported by this model: pass input_ids (and attention_mask) alone")
+    if not isinstance(given["past_key_values"], StateCache | None): raise ConfigError(f"past_key_values is a {type(given['past_key_values']).__name__}: this model takes the StateCache that it returned, or none")
 
-# %% ../nbs/02f_hf.ipynb #0e9af072
+# %% ../nbs/02f_hf.ipynb #267d9300
 def _forward(self,
     input_ids: Tensor | None = None,       # (B,L)
     attention_mask: Tensor | None = None,  # (B,L), with a cache also of all columns so far: 0 for padding
@@ -240,7 +255,7 @@ def _forward(self,
     **kwargs,
 ):
     "Logits (B,L,V), loss where there are labels, state where it is asked for. Positions of padding get logits of 0 on the left, and meaningless ones on the right."
-    _unsupported(kwargs)
+    _unsupported(kwargs | {"past_key_values": past_key_values})
     if input_ids is None: raise ConfigError("input_ids is missing")
     if use_cache is None: use_cache = past_key_values is not None or (self.config.use_cache and not self.training and (attention_mask is None or bool(attention_mask[:, -1].all())))
     self.lm.gradient_checkpointing = self.gradient_checkpointing and self.training
