@@ -4,9 +4,14 @@
 
 # %% auto #0
 __all__ = ['OUTER', 'FEED_FORWARD', 'MIXTURE', 'BLOCKS', 'MARKS', 'SYMBOLS', 'PLACES', 'FOREIGN_FIELDS', 'WHY', 'KERNEL_FIELDS',
-           'layer_name', 'dimensions', 'Witness', 'Contradiction', 'Equation', 'vote', 'equations', 'solve', 'Names',
-           'read_names', 'read_second_halves', 'expected_names', 'Open', 'Inference', 'meaning', 'check_stored',
-           'shape_fields', 'open_fields', 'head_kind', 'complete', 'infer']
+           'DTYPE_NAMES', 'OURS_AT_HF', 'RUN_LIMIT', 'WORDS', 'STORED_AS', 'PUBLISHED_MAP', 'layer_name', 'dimensions',
+           'Witness', 'Contradiction', 'Equation', 'vote', 'equations', 'solve', 'Names', 'read_names',
+           'read_second_halves', 'expected_names', 'Open', 'Inference', 'meaning', 'check_stored', 'shape_fields',
+           'open_fields', 'few', 'head_kind', 'complete', 'infer', 'dtype_name', 'Source', 'split_scales',
+           'native_names', 'read_json', 'weight_paths', 'stored_config', 'read_source', 'shrunk', 'fill', 'build',
+           'read_token', 'first_seam', 'Claim', 'said', 'map_claims', 'claims', 'Technique', 'published_coverage',
+           'techniques', 'component', 'Report', 'try_run', 'accounts', 'inspect', 'table', 'report_text',
+           'bytes_figure']
 
 # %% ../nbs/02ec_inspector.ipynb #063656b1
 import json, math, re
@@ -147,7 +152,7 @@ def solve(
         if not any(s in known for s in said): return known, witnesses, wrong
         open_ = later
 
-# %% ../nbs/02ec_inspector.ipynb #f9d449d0
+# %% ../nbs/02ec_inspector.ipynb #8acf3e8b
 @dataclass
 class Names:
     "What the names of tensors say; fields as in the configuration."
@@ -170,7 +175,7 @@ def read_names(
     out, places = Names(), {n: layer_name(n) for n in shapes}
     def beside(base, other): return f"{base.removesuffix('weight')}{other}"
     def pairs(pattern, yes, no): # a tensor with or without a bias
-        return [Witness(b if b in shapes else n, shapes[n], yes if b in shapes else no, "is there" if b in shapes else "has no bias beside it")
+        return [Witness(b if b in shapes else n, shapes.get(b, shapes[n]), yes if b in shapes else no, "is there" if b in shapes else "has no bias beside it")
                 for n in shapes for b in [beside(n, "bias")] if re.search(pattern, n)]
     layers = sorted({i for i, _ in places.values() if i is not None})
     if not layers: raise CheckpointError("no tensor is called layers.N.…: there is no layer to read a configuration from")
@@ -340,7 +345,14 @@ def open_fields(
         for name, value in (("ssm_groups", g), ("ssm_state_size", n)): out[name] = Open(value, "stored configuration" if name in stored and ok else "what the other leaves" if ok and {"ssm_groups", "ssm_state_size"} & stored.keys() else "this project's default", why)
     return out, wrong
 
-# %% ../nbs/02ec_inspector.ipynb #186e45ff
+# %% ../nbs/02ec_inspector.ipynb #0456debb
+def few(
+    what:str, # of which there may be several
+    numbers, # their numbers
+)->str:
+    "A plural with its numbers."
+    return f"{what}{'s'*(len(numbers) != 1)} {', '.join(map(str, numbers))}"
+
 def head_kind(
     tensors:dict, # native name → tensor
 )->str: # absent, equal or own
@@ -394,6 +406,426 @@ def infer(
             w = next((w for w in witnesses.get(name, ()) if w.value is not None), None)
             wrong.append(Contradiction(name, f"the stored configuration says {name} {fields[name]!r}, the tensors {values[name]!r}" + (f": {w} ({w.says})" if w else ""), (w.tensor,) if w else (), True))
     undetermined, against = open_fields(values, known, fields, model_type, head)
-    if values.get("moe_layers") and not values.get("num_experts", 1): notes.append(f"experts were lost: layers {', '.join(map(str, values['moe_layers']))} keep {names.witnesses['moe_layers'][0].tensor.split('.', 2)[2]} and the like, and no expert")
+    if values.get("moe_layers") and not values.get("num_experts", 1): notes.append(f"experts were lost: {few('layer', values['moe_layers'])} kept {names.witnesses['moe_layers'][0].tensor.split('.', 2)[2]} and no expert")
     if model_type == "itera_lite" and not values.get("feed_forward", True): values["moe_layers"] = ()
     return Inference(model_type, values, witnesses, undetermined, wrong + against, notes)
+
+# %% ../nbs/02ec_inspector.ipynb #5784a617
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+def dtype_name(tensor:Tensor)->str: return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+@dataclass
+class Source:
+    "A checkpoint as it was read, before anything is concluded."
+    container: str
+    nbytes: int # of the files with weights
+    tensors: dict # native name → tensor, packed ones as codes
+    scales: dict # native name → tensors that belong to it
+    names: dict # native name → name in the file, wrappers taken off
+    layout: str
+    stored: dict|None # configuration, in our fields
+    extra: dict # whatever else the file says
+    declared: dict # native name → precision that the folder states
+    notes: list
+    tokenizer: bool = False
+    folder: Path|None = None # of ours, which `load_model` reads
+
+def split_scales(
+    tensors:dict, # name in the file → tensor
+)->tuple: # tensors without scales, name → its scales
+    "Take scales and zero points away from the tensors they belong to."
+    packed = [n for n, t in tensors.items() if t.dtype in (torch.int8, torch.uint8) and f"{n}_scale" in tensors]
+    scales = {n: [tensors[k] for k in (f"{n}_scale", f"{n}_zero_point") if k in tensors] for n in packed}
+    beside = {f"{n}{end}" for n in packed for end in ("_scale", "_zero_point")} | {re.sub(r"weight$", end, n) for n in packed if n.endswith("weight") for end in ("scale", "zero_point")} # the latter of torch's dynamic quantisation
+    return {n: t for n, t in tensors.items() if n not in beside}, scales
+
+def native_names(
+    tensors:dict, # name in the file → tensor, without scales
+)->tuple: # tensors under native names, native name → name in the file, layout, notes
+    "Native names, of Transformers too; a head that repeats the embedding stays in sight."
+    bare = {re.sub(WRAPPERS, "", n): n for n in tensors}
+    if len(bare) == len(tensors) and all(any(dimensions(n, b) for b in BLOCKS) for n in bare):
+        return {n: tensors[stored] for n, stored in bare.items()}, {n: n for n in bare}, "native", []
+    renamed = to_native(tensors)
+    names = {n: re.sub(WRAPPERS, "", stored) for n, stored in renamed.original.items()}
+    if "lm_head.weight" in bare and "lm_head.weight" not in renamed.tensors: return renamed.tensors | {"lm_head.weight": renamed.tensors["embedding.weight"]}, names | {"lm_head.weight": "lm_head.weight"}, renamed.layout, renamed.notes
+    return renamed.tensors, names, renamed.layout, renamed.notes
+
+# %% ../nbs/02ec_inspector.ipynb #5ac2358e
+OURS_AT_HF = {"itera_lite": "itera_lite", "itera_lite_transformer": "transformer"} # model_type of models exported for transformers
+
+def read_json(path:Path)->dict:
+    "An object from a JSON file. Raises `CheckpointError`."
+    try: values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e: raise CheckpointError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict): raise CheckpointError(f"{path} holds {type(values).__name__}, not an object")
+    return values
+
+def weight_paths(
+    folder:Path, # as Hugging Face writes it
+)->list:
+    "The files with a folder's weights: the index's, or the only one."
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder/f"{name}.index.json"
+        if index.is_file():
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()) or not where: raise CheckpointError(f"{index} is not an index of files beside it")
+            return [folder/f for f in sorted(set(where.values()))]
+        if (folder/name).is_file(): return [folder/name]
+    raise CheckpointError(f"{folder} holds no weights: allowed are model.safetensors and pytorch_model.bin, whole or in shards with their index")
+
+def stored_config(
+    values:dict, # config.json of a folder that is not ours
+)->tuple: # fields of ours, what else it says, notes
+    "A configuration for transformers in our fields. Raises `CheckpointError`."
+    says = {k: values[k] for k in ("torch_dtype", "dtype", "quantization_config") if k in values}
+    kind = values.get("model_type")
+    if kind in OURS_AT_HF: return {"model_type": OURS_AT_HF[kind]} | {k: v for k, v in values.items() if k in CONFIG_TYPES[OURS_AT_HF[kind]].model_fields and k != "model_type"}, says, []
+    if kind not in HF_OWN: raise unknown("model_type in config.json", kind, [*HF_OWN, *OURS_AT_HF], error=CheckpointError)
+    values = {k: v for k, v in values.items() if k != "quantization_config"}
+    fields, notes = config_from_hf(values)
+    return fields, says, notes
+
+def read_source(
+    path, # a file, one of our folders, or a folder of Hugging Face's
+)->Source:
+    "Read a checkpoint of any kind. Raises `CheckpointError`, in one line."
+    path, stored, extra, notes, declared = Path(path), None, {}, [], {}
+    if not path.exists(): raise CheckpointError(f"{path} does not exist: name a checkpoint file or a model folder")
+    config = read_json(path/"config.json") if path.is_dir() and (path/"config.json").exists() else {}
+    ours = bool({"format_version", "architecture"} & config.keys())
+    if ours:
+        own = read_config(path)
+        tensors, files = read_weights(path, own), [path/n for n in own.weights]
+        container, stored, extra = f"model folder (safetensors, {len(files)} file{'s'*(len(files) > 1)})", own.architecture, read_card(path)
+    else:
+        files = weight_paths(path) if path.is_dir() else [path]
+        if config: stored, extra, notes = stored_config(config)
+        tensors = {}
+        for foreign in map(read_foreign, files):
+            twice = sorted(tensors.keys() & foreign.tensors.keys())
+            if twice: raise CheckpointError(f"tensor {twice[0]!r} is in two files of {path}")
+            tensors |= foreign.tensors; extra = extra | foreign.extra; notes = notes + foreign.notes
+            if foreign.config is not None: stored = foreign.config
+        container = f"Hugging Face folder ({foreign.format}, {len(files)} file{'s'*(len(files) > 1)})" if path.is_dir() else foreign.format
+    tensors, scales = split_scales(tensors)
+    native, names, layout, more = native_names(tensors)
+    if ours: declared = {n: own.precision[rule] for n in native for rule in [PrecisionMap(own.precision).match(n)] if rule}
+    back = {stored: n for n, stored in names.items()}
+    scales = {back[b]: s for n, s in scales.items() for b in [re.sub(WRAPPERS, "", n)] if b in back}
+    return Source(container, sum(f.stat().st_size for f in files), native, scales, names, layout, stored, extra, declared, notes + more, path.is_dir() and (path/"tokenizer.json").exists(), path if ours else None)
+
+# %% ../nbs/02ec_inspector.ipynb #0a7324b2
+RUN_LIMIT = 20_000_000 # parameters; larger models are tried in small only
+
+def shrunk(
+    config:Config,
+)->Config:
+    "The same model with small widths: as many layers and experts, every expert chosen."
+    small = dict(vocab_size=4, hidden_size=8, max_seq_length=2, dropout=0.0)
+    if config.model_type == "transformer": return config.model_copy(update=small | dict(num_heads=2, ffn_size=4))
+    small |= dict(ssm_expand_factor=2, ssm_state_size=2, ssm_conv_kernel=2, expert_size=2, top_k_experts=config.num_experts)
+    if config.kernel == "mamba": small |= dict(ssm_dt_rank=1)
+    if config.kernel == "mamba2": small |= dict(ssm_head_size=4, ssm_groups=1)
+    return config.model_copy(update=small)
+
+def fill(
+    model:nn.Module,
+    give, # (name, parameter) → tensor
+)->nn.Module:
+    "Replace a model's parameters, types and all."
+    for name, p in model.named_parameters():
+        p.requires_grad_(False)
+        p.data = give(name, p)
+    return model.eval()
+
+def build(config:Config)->nn.Module:
+    "A model, with nobody's random numbers used up."
+    with torch.random.fork_rng(devices=[]): return build_model(config)
+
+def read_token(
+    model:nn.Module, # of plain modules
+)->tuple: # seam (None: it ran), whether the logits are finite
+    "Read one token; where types meet that cannot, say between which modules."
+    inside, passed, hooks = [], [], []
+    def enter(name):
+        def hook(module, args): inside.append((name, module, args[0]))
+        return hook
+    def leave(name):
+        def hook(module, args, out):
+            inside.pop()
+            if not any(module.children()): passed.append((name, module))
+        return hook
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is not None: hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+    try:
+        with torch.no_grad(): return None, bool(model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all())
+    except (RuntimeError, NotImplementedError) as error: # what torch raises where types do not fit
+        name, module, given = inside[-1]
+        kind = lambda m: dtype_name(next(m.parameters()))
+        at = f"{name} ({kind(module)})" if not any(module.children()) else f"inside {name}" if name else f"the head, {'the embedding' if model.config.tie_embeddings else 'lm_head'} ({dtype_name(model.head)})"
+        came = f", which is given {dtype_name(given)}" if isinstance(given, Tensor) and name and given.is_floating_point() and not any(module.children()) else ""
+        return f"{f'{passed[-1][0]} ({kind(passed[-1][1])}) → ' if passed else ''}{at}{came}: {' '.join(str(error).split())[:100]}", None
+    finally:
+        for h in hooks: h.remove()
+
+def first_seam(
+    dtypes:dict, # native name → torch.dtype
+    config:Config,
+)->str|None:
+    "Where a model whose tensors have these types stops; None where it runs."
+    model = build(shrunk(config))
+    return read_token(fill(model, lambda name, p: p.data.to(dtypes.get(name, p.dtype))))[0]
+
+# %% ../nbs/02ec_inspector.ipynb #140d91ba
+@dataclass(frozen=True)
+class Claim:
+    "Something the file says of itself, and what is so."
+    says: str
+    found: str
+    holds: bool|None # None: cannot be told from this file
+
+WORDS = {"int8": "int8", "fp16": "fp16", "float16": "fp16", "half": "fp16", "bf16": "bf16", "bfloat16": "bf16", "int4": "int4", "nf4": "nf4", "fp32": "fp32", "float32": "fp32"} # spelling → dtype or format
+STORED_AS = {"int8-tensor": "int8"} # precision → what its numbers are
+
+def said(
+    extra, # what the file says: dicts and plain values
+    path:str="",
+): # of (path, key, value)
+    "Every value in nested dicts, dicts themselves included."
+    for key, value in (extra.items() if isinstance(extra, dict) else ()):
+        where = f"{path}.{key}".lstrip(".")
+        yield where, str(key), value
+        yield from said(value, where)
+
+def map_claims(
+    where:str, # it stands
+    rules, # precision map, a dict
+    weights:dict, # name in the file → (dtype name, parameters)
+)->list:
+    "What a precision map in the file says of each precision."
+    try: decided = {n: PrecisionMap(rules)[rule] for n in weights for rule in [PrecisionMap(rules).match(n)] if rule}
+    except ConfigError as e: return [Claim(f"{where} is a precision map", str(e), False)]
+    out = []
+    for precision in dict.fromkeys(PrecisionMap(rules).values()):
+        names = [n for n, p in decided.items() if p == precision]
+        right = [n for n in names if weights[n][0] == STORED_AS.get(precision, precision)]
+        count = lambda ns: f"{len(ns)} tensors ({sum(weights[n][1] for n in ns):,} parameters)"
+        other = next((n for n in names if n not in right), None)
+        out.append(Claim(f"{where} makes {count(names)} {precision.upper()}", f"{count(right)} of those are" + (f"; {other} is {weights[other][0].upper()}" if other else ""), right == names))
+    return out
+
+def claims(
+    extra:dict, # what the file says besides its configuration
+    name:str, # of the file
+    weights:dict, # name in the file → (dtype name, parameters)
+    ratios:tuple, # FP32 bytes to bytes of tensors, and to bytes of the file
+)->list:
+    "Claims of precision, counts and ratio, each with what is so."
+    out, held = [], Counter()
+    for dtype, n in weights.values(): held[dtype] += n
+    def word(where, text):
+        for w in dict.fromkeys(WORDS[w] for w in re.findall(r"[a-z]+\d+|half", text.lower()) if w in WORDS):
+            out.append(Claim(f"{where} says {w.upper()}", f"{sum(d == w for d, _ in weights.values())} of {len(weights)} tensors are ({held[w]:,} parameters)", held[w] > 0))
+    for where, key, value in said(extra):
+        if isinstance(value, list) and value and all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value): value = dict(value)
+        if key in ("precision_map", "precision") and isinstance(value, dict): out += map_claims(where, value, weights)
+        elif key in ("precision", "dtype", "torch_dtype", "quantization", "quantization_method", "format", "storage") and isinstance(value, str): word(f"{where}: {value}", value)
+        elif key == "total_params" and isinstance(value, int): out.append(Claim(f"{where} = {value:,}", f"{sum(held.values()):,} parameters", value == sum(held.values())))
+        elif re.fullmatch(r"\w+_params", key) and key[:-7] in WORDS and isinstance(value, int): out.append(Claim(f"{where} = {value:,}", f"{held[WORDS[key[:-7]]]:,} parameters", value == held[WORDS[key[:-7]]]))
+        elif key in ("compression_ratio", "ratio") and isinstance(value, (int, float)):
+            whole = set(held) == {"fp32"}
+            holds = None if whole else min(abs(value - r) for r in ratios) < 0.02*value
+            out.append(Claim(f"{where} = {value:.2f}", f"its FP32 size is {ratios[0]:.2f} times that of its tensors, {ratios[1]:.2f} times that of the file" + ("; all is FP32, so the ratio is to another model, which this file does not hold" if whole else ""), holds))
+    word(f"the name {name}", name)
+    return out
+
+# %% ../nbs/02ec_inspector.ipynb #b56c2762
+_FP16 = [f"layers.*.ssm.{part}" for part in ("norm", "in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")]
+PUBLISHED_MAP = PrecisionMap({"embedding": "int8", "position_embedding": "int8", "lm_head": "int8"} | dict.fromkeys(_FP16, "fp16") | {"norm_f": "fp16"}) # of task 3
+
+@dataclass(frozen=True)
+class Technique:
+    "A compression technique, and whether this checkpoint allows it."
+    name: str
+    applies: bool
+    reason: str
+
+def published_coverage(
+    shapes:dict, # name → shape
+)->str:
+    "How much of a model the published precision map speaks of."
+    try: return f"{coverage(PUBLISHED_MAP, shapes).fraction:.1%}"
+    except ConfigError: return "nothing"
+
+def techniques(
+    weights:dict, # native name → tensor
+    names:dict, # native name → name in the file
+    config:Config|None, # None: tensors contradict each other
+    tokenizer:bool,
+)->list:
+    "Every technique of this project, with why it applies or does not."
+    if config is None: return [Technique(t, False, "the tensors contradict each other: no model can be built") for t in ("quantisation", "mixed precision", "structured pruning", "distillation", "vocabulary")]
+    total, shapes = sum(t.numel() for t in weights.values()), {n: tuple(t.shape) for n, t in weights.items() if t.numel()}
+    can = [n for n, s in shapes.items() if affordable(s, "int8")[0] == "int8" and weights[n].is_floating_point()]
+    packed = sum(weights[n].numel() for n in shapes if not weights[n].is_floating_point())
+    share = sum(weights[n].numel() for n in can)/max(total, 1)
+    out = [Technique("quantisation", bool(can), f"{len(can)} of {len(shapes)} tensors, {share:.1%} of the parameters, would shrink in INT8" + (f"; {packed/total:.1%} are quantised already" if packed else "")),
+           Technique("mixed precision", len(shapes) > 1 and not packed, "some tensors are quantised already: start from the original" if packed else f"each of {len(shapes)} tensors can have its own; the published map speaks of {published_coverage({names[n]: s for n, s in shapes.items()})} of the parameters by the file's names, of {published_coverage(shapes)} by native ones")]
+    def prune(what, n, more=""): out.append(Technique(f"pruning of {what}", n > 1, f"{n:,} {what}{more}" if n > 1 else f"not applicable: {n} {what}"))
+    if config.model_type == "transformer": prune("attention heads", config.num_heads, " (of the default configuration: no tensor tells)")
+    else:
+        prune("channels", config.d_inner, f" in each block, cut in all tensors that have the inner width, never in the residual width {config.hidden_size}")
+        prune("states", config.ssm_state_size)
+        if config.kernel == "mamba2": prune("SSM heads", config.d_inner//(config.ssm_head_size or 64), " of the block")
+        prune("experts", config.num_experts if config.mixture_layers else 0, f" in {few('layer', config.mixture_layers)}")
+    ffn = any("w1" in n for n in weights)
+    prune("feed-forward units", (config.ffn_size if config.model_type == "transformer" else config.expert_size) if ffn else 0)
+    out.append(Technique("distillation", True, f"as teacher or student of {total:,} parameters" + ("" if tokenizer else ", over token ids or with --tokenizer: the file has no tokenizer")))
+    embedding = weights["embedding.weight"].numel()/max(total, 1)
+    return out + [Technique("vocabulary", tokenizer, f"{config.vocab_size:,} tokens, {embedding:.1%} of the parameters" + ("" if tokenizer else "; not applicable without the tokenizer that says which token is which"))]
+
+# %% ../nbs/02ec_inspector.ipynb #c9e2116a
+def component(
+    name:str, # native
+)->str:
+    "The part of a model that a tensor belongs to."
+    outer = {"embedding.weight": "embedding", "position_embedding.weight": "positions", "lm_head.weight": "head"}
+    if name in outer: return outer[name]
+    if re.search(r"norm(_f)?\.(weight|bias)$", name): return "norms"
+    return next(part for mark, part in ((".experts.", "experts"), (".router.", "router"), (".ffn.", "ffn"), (".attn.", "attention"), (".ssm.", "ssm")) if mark in name)
+
+@dataclass
+class Report:
+    "What is in a checkpoint."
+    path: str
+    container: str
+    layout: str
+    kernel: str
+    file_bytes: int # of the files with weights
+    tensor_bytes: int
+    fp32_bytes: int # of the same parameters
+    parameters: int
+    configuration: dict|None # None: tensors contradict each other
+    stored: bool # whether the file holds a configuration
+    tokenizer: bool
+    fields: list # of dicts: field, value, determined, source, witnesses, examples
+    contradictions: list
+    components: dict # part → parameters, bytes by dtype
+    dtypes: dict # name → tensors, parameters, bytes; scales apart
+    claims: list
+    experts: dict # number, layers, lost
+    tied: bool|None # None: tensors contradict each other
+    non_finite: list # names of tensors with NaN or infinity
+    all_zero: list
+    runs: bool # as stored
+    seam: str|None # where it stops
+    tried: str # how that was found
+    techniques: list
+    notes: list = field(default_factory=list)
+
+    def to_json(self)->str: return to_json(asdict(self))
+
+# %% ../nbs/02ec_inspector.ipynb #6115a7f1
+def try_run(
+    source:Source,
+    weights:dict, # native name → tensor
+    config:Config|None,
+)->tuple: # whether it runs, seam, how that was found
+    "Whether a checkpoint runs as it is stored."
+    if config is None: return False, "no model can be built: the tensors contradict each other", "not tried"
+    total = sum(t.numel() for t in weights.values())
+    if source.folder is not None:
+        if total > RUN_LIMIT: return True, None, f"not tried: {total:,} parameters"
+        try:
+            with torch.no_grad(): finite = bool(load_model(source.folder)(torch.zeros(1, 1, dtype=torch.long)).isfinite().all())
+        except (IteraLiteError, RuntimeError) as e: return False, " ".join(str(e).split()), "loaded as it is"
+        return finite, None if finite else "the logits are not finite", "loaded as it is, one token read"
+    small = first_seam({n: t.dtype for n, t in weights.items()}, config)
+    if small or total > RUN_LIMIT: tried = "tried in small, one token, every expert"
+    if total <= RUN_LIMIT:
+        real, finite = read_token(fill(build(config), lambda name, p: weights[name]))
+        tried = "tried as it is and in small, one token"
+        if real or not finite: return False, real or "the logits are not finite", tried
+    return small is None, small, tried
+
+def accounts(
+    weights:dict, # native name → tensor, as stored
+    scales:dict, # native name → tensors that belong to it
+)->tuple: # components, dtypes
+    "Parameters and bytes by part of the model and by type."
+    components, dtypes = {}, {}
+    def add(part, kind, tensor, parameters):
+        c = components.setdefault(part, {"parameters": 0, "bytes": {}})
+        c["parameters"] += parameters
+        c["bytes"][kind] = c["bytes"].get(kind, 0) + tensor.nbytes
+        d = dtypes.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
+        for key, n in (("tensors", 1), ("parameters", parameters), ("bytes", tensor.nbytes)): d[key] += n
+    for name, t in weights.items():
+        if t.numel(): add(component(name), dtype_name(t), t, t.numel())
+        for s in scales.get(name, ()): add(component(name), "scales", s, 0)
+    return components, dtypes
+
+# %% ../nbs/02ec_inspector.ipynb #14a1fa86
+def inspect(
+    path, # a checkpoint file, one of our folders, or a folder of Hugging Face's
+)->Report:
+    "Everything that a checkpoint tells, and what of its own claims holds. Raises `CheckpointError` where it cannot be read."
+    source = read_source(path)
+    found = infer(source.tensors, source.stored)
+    try: config, contradictions = found.config(), []
+    except CheckpointError as e: config, contradictions = None, [] if any(not c.stored for c in found.contradictions) else [str(e)]
+    equal = head_kind(source.tensors) == "equal"
+    weights = {n: t for n, t in source.tensors.items() if not (equal and n == "lm_head.weight")}
+    components, dtypes = accounts(weights, source.scales)
+    total, stored_bytes = sum(d["parameters"] for d in dtypes.values()), sum(d["bytes"] for d in dtypes.values())
+    fields = [dict(field=f, value=v, determined=True, source="tensors", witnesses=len(found.witnesses.get(f, ())), examples=[f"{w}: {w.says}" for w in found.witnesses.get(f, ())[:3]]) for f, v in found.values.items()]
+    fields += [dict(field=f, value=o.value, determined=False, source=o.source, witnesses=0, examples=[o.why]) for f, o in found.undetermined.items()]
+    by_file = {source.names[n]: (dtype_name(t), t.numel()) for n, t in weights.items() if t.numel()}
+    told = claims(source.extra, Path(path).name, by_file, (4*total/max(stored_bytes, 1), 4*total/source.nbytes))
+    if source.declared: told += [Claim(f"config.json makes {n} {p.upper()}", f"it is {dtype_name(weights[n]).upper()}", False) for n, p in source.declared.items() if n in weights and dtype_name(weights[n]) != STORED_AS.get(p, p)] or [Claim(f"config.json gives the precision of {len(source.declared)} tensors", "all are as it says", True)]
+    numbers = {n: [t, *source.scales.get(n, ())] for n, t in weights.items() if t.numel()}
+    runs, seam, tried = try_run(source, weights, config)
+    mixture = found.values.get("moe_layers", ())
+    number = found.values.get("num_experts", 0)
+    return Report(str(path), source.container, source.layout, found.values.get("kernel", "attention"), source.nbytes, stored_bytes, 4*total, total, config and config.model_dump(mode="json"), source.stored is not None,
+                  source.tokenizer, fields, contradictions + [c.text for c in found.contradictions], components, dtypes, told, dict(number=number, layers=list(mixture), lost=bool(mixture) and not number),
+                  config and config.tie_embeddings, [n for n, ts in numbers.items() if not all(t.isfinite().all() for t in ts if t.is_floating_point())], [n for n, ts in numbers.items() if not ts[0].any()],
+                  runs, seam, tried, techniques(weights, source.names, config, source.tokenizer), source.notes + found.notes)
+
+# %% ../nbs/02ec_inspector.ipynb #f3a93c75
+def table(rows)->str:
+    "Rows of text, their columns under each other."
+    rows = [[str(c) for c in row] for row in rows]
+    widths = [max(len(c) for c in column) for column in zip(*rows)] if rows else []
+    return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+
+def report_text(report:Report)->str: # a page for a terminal
+    "The report for a reader."
+    r, some = report, lambda names, n=4: ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+    experts = f"{r.experts['number']} in {few('layer', r.experts['layers'])}" if r.experts["number"] else f"lost: {few('layer', r.experts['layers'])} had them" if r.experts["lost"] else "none"
+    mark = {True: "holds", False: "WRONG", None: "open"}
+    shown = lambda f: f"{f['witnesses']} witness{'es, such as' if f['witnesses'] > 1 else ':'} {f['examples'][0]}" if f["determined"] and f["examples"] else f"{f['source']}; {'; '.join(f['examples'])}"
+    parts = [f"{r.path}", table([
+        ("container", r.container), ("layout", f"{r.layout} names, {r.kernel} layers"), ("parameters", f"{r.parameters:,}"),
+        ("bytes", f"{r.tensor_bytes:,} of tensors, {r.file_bytes:,} of files; FP32 would be {r.fp32_bytes:,}: {r.fp32_bytes/max(r.tensor_bytes, 1):.2f}x and {r.fp32_bytes/r.file_bytes:.2f}x"),
+        ("configuration", "stored" if r.stored else "not stored: told by the tensors"), ("tokenizer", "yes" if r.tokenizer else "none"), ("experts", experts), ("head", "?" if r.tied is None else "tied to the embedding" if r.tied else "of its own"),
+        ("runs as stored", f"{'yes' if r.runs else 'NO'} ({r.tried})"), *([("stops at", r.seam)] if r.seam else []),
+        ("NaN, infinity", some(r.non_finite) or "none"), ("all zero", some(r.all_zero) or "none")])]
+    if r.contradictions: parts += ["contradictions", table([("-", c) for c in r.contradictions])]
+    if r.claims: parts += ["claims", table([(mark[c.holds], f"{c.says}: {c.found}") for c in r.claims])]
+    parts += ["stored as", table([(d, f"{v['tensors']} tensors", f"{v['parameters']:,} parameters", f"{v['bytes']:,} bytes") for d, v in r.dtypes.items()]),
+              "parts", table([(c, f"{v['parameters']:,} parameters", ", ".join(f"{b:,} bytes {d}" for d, b in v["bytes"].items())) for c, v in r.components.items()]),
+              "told by the tensors", table([(f["field"], f["value"], shown(f)) for f in r.fields if f["determined"]]),
+              "told by nothing in the tensors", table([(f["field"], f["value"], shown(f)) for f in r.fields if not f["determined"]]),
+              "techniques", table([("yes" if t.applies else "no", t.name, t.reason) for t in r.techniques])]
+    if r.notes: parts += ["notes", table([("-", n) for n in r.notes])]
+    return "\n\n".join(parts[:1]) + "\n" + "\n".join(p if p.startswith(" ") else f"\n{p}" for p in parts[1:]) + "\n"
+
+def bytes_figure(report:Report)->go.Figure:
+    "Bytes by part of the model and type."
+    fig = go.Figure(layout=dict(template="plotly_white", barmode="stack", title=dict(text=f"{report.tensor_bytes:,} bytes in {Path(report.path).name}"), yaxis=dict(title=dict(text="bytes"))))
+    for dtype in report.dtypes: fig.add_bar(name=dtype, x=list(report.components), y=[c["bytes"].get(dtype, 0) for c in report.components.values()])
+    return fig
+
+Report.text = report_text
