@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DataFolder', 'ModelFolder', 'show_version', 'program', 'users_mistake', 'main', 'print_json', 'doctor',
            'columns', 'models', 'settings', 'run_folder', 'write_report', 'run', 'report', 'token_ids', 'generate',
-           'read_tokenizer', 'precision_rules', 'compress', 'validate', 'bench']
+           'read_tokenizer', 'inspect_source', 'convert', 'precision_rules', 'compress', 'validate', 'bench']
 
 # %% ../nbs/16_cli.ipynb #c78f509c
 import json, sys
@@ -97,15 +97,16 @@ def columns(
 
 @app.command()
 def models()->None:
-    "List the named configurations, with their exact number of parameters."
-    import torch
+    "List the named configurations: exact parameters, FP32 bytes, and FLOPs per token as counted when they run."
+    from itera_lite.evaluate import flops
     from itera_lite.model import NAMED_CONFIGS, build_model, named_config
     rows = []
     for name in NAMED_CONFIGS:
         config = named_config(name)
-        with torch.device("meta"): parameters = sum(p.numel() for p in build_model(config).parameters())
-        rows.append([name, config.model_type, parameters, config.vocab_size, config.hidden_size, config.num_layers, config.max_seq_length])
-    typer.echo(columns(["model", "type", "parameters", "vocabulary", "hidden", "layers", "length"], rows))
+        model = build_model(config).eval()
+        parameters, count = sum(p.numel() for p in model.parameters()), flops(model, seq_length=128)
+        rows.append([name, config.model_type, parameters, 4 * parameters, round(count["per_token"]), round(count["per_decoded_token"]), config.vocab_size, config.hidden_size, config.num_layers, config.max_seq_length])
+    typer.echo(columns(["model", "type", "parameters", "bytes", "FLOPs/token read", "FLOPs/token written", "vocabulary", "hidden", "layers", "length"], rows))
 
 # %% ../nbs/16_cli.ipynb #fd28d9e9
 def settings(
@@ -228,6 +229,30 @@ def read_tokenizer(
     found = load_tokenizer(folder)
     if found is None: raise ConfigError(f"{folder} has no tokenizer.json: give --ids 1,2,3, or name one with --tokenizer")
     return found
+
+# %% ../nbs/16_cli.ipynb #5e2aeb35
+@app.command("inspect")
+def inspect_source(
+    source:Annotated[Path, typer.Argument(help="File (.pt, .bin, .safetensors) or folder (a model's, or Hugging Face's).", show_default=False)],
+    as_json:Annotated[bool, typer.Option("--json", help="Print JSON.")]=False,
+)->None:
+    "Say what a checkpoint holds: layout, configuration and its witnesses, precisions, contradictions, what can be done with it."
+    from itera_lite import inspector
+    found = inspector.inspect(source)
+    typer.echo(found.to_json() if as_json else found.text())
+
+@app.command()
+def convert(
+    source:Annotated[Path, typer.Argument(help="File (.pt, .bin, .safetensors) or Hugging Face folder.", show_default=False)],
+    folder:Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
+    tokenizer:Annotated[Path|None, typer.Option(help="tokenizer.json, where the source has none.")]=None,
+)->None:
+    "Make a model folder of weights from elsewhere."
+    from itera_lite import convert as module
+    imported = module.convert(source, folder, None if tokenizer is None else read_tokenizer(folder, tokenizer))
+    for note in imported.notes: typer.echo(f"note: {note}")
+    parameters = sum(t.numel() for t in imported.tensors.values())
+    typer.echo(f"{folder}: {parameters:,} parameters from the layout '{imported.layout}', kernel {getattr(imported.config, 'kernel', imported.config.model_type)}")
 
 # %% ../nbs/16_cli.ipynb #15f530de
 def precision_rules(

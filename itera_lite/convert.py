@@ -82,7 +82,7 @@ def _hf_tokenizer(folder: Path, vocab_size: int, notes: list[str]):
     if tokenizer.get_vocab_size() == vocab_size: return tokenizer
     notes.append(f"tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model's vocabulary {vocab_size}: left out")
 
-# %% ../nbs/02ed_convert.ipynb #cc2c488d
+# %% ../nbs/02ed_convert.ipynb #7bd56e2a
 def read_source(
     source,  # a file or a folder
 ) -> Imported:
@@ -105,8 +105,9 @@ def read_source(
     else: raise CheckpointError(f"{source} is neither a file nor a folder")
     renamed = to_native(_decoded(tensors, notes))
     inference = infer(renamed.tensors, stored)
-    notes += renamed.notes
-    config = inference.config()
+    config = inference.config(strict=source.is_dir())   # a published file that lost its experts still says it has them; a folder must not contradict itself
+    notes += renamed.notes + inference.notes + [f"the stored configuration is overruled: {c.text}" for c in inference.contradictions]
+    notes += [f"{name} = {o.value}: {o.source}" for name, o in inference.undetermined.items()]
     tokenizer = _hf_tokenizer(source if source.is_dir() else source.parent, config.vocab_size, notes) if source.is_dir() else None
     if source.is_file(): notes.append("the file holds no tokenizer: ids only, until one is named with --tokenizer")
     return Imported(renamed.tensors, config, renamed.layout, notes, tokenizer)

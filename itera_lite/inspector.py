@@ -8,10 +8,10 @@ __all__ = ['OUTER', 'FEED_FORWARD', 'MIXTURE', 'BLOCKS', 'MARKS', 'SYMBOLS', 'PL
            'Witness', 'Contradiction', 'Equation', 'vote', 'equations', 'solve', 'Names', 'read_names',
            'read_second_halves', 'expected_names', 'Open', 'Inference', 'meaning', 'check_stored', 'shape_fields',
            'open_fields', 'few', 'head_kind', 'complete', 'infer', 'dtype_name', 'Source', 'split_scales',
-           'native_names', 'read_json', 'weight_paths', 'stored_config', 'read_source', 'shrunk', 'fill', 'build',
-           'read_token', 'first_seam', 'Claim', 'said', 'map_claims', 'claims', 'Technique', 'published_coverage',
-           'techniques', 'component', 'Report', 'try_run', 'accounts', 'inspect', 'table', 'report_text',
-           'bytes_figure']
+           'native_names', 'read_json', 'weight_paths', 'stored_config', 'as_source', 'read_source', 'shrunk', 'fill',
+           'build', 'read_token', 'first_seam', 'Claim', 'said', 'map_claims', 'claims', 'Technique',
+           'published_coverage', 'techniques', 'component', 'Report', 'try_run', 'accounts', 'listed_fields', 'examine',
+           'inspect', 'table', 'report_text', 'bytes_figure']
 
 # %% ../nbs/02ec_inspector.ipynb #063656b1
 import json, math, re
@@ -308,7 +308,7 @@ def shape_fields(
     if block == "attention": values = {k: v for k, v in values.items() if k not in ("kernel", "feed_forward", "moe_layers")}
     return values, {f: (s,) for s, f in fields.items() if s in known} | where | {"top_k_experts": ("E",)}, wrong
 
-# %% ../nbs/02ec_inspector.ipynb #0409343a
+# %% ../nbs/02ec_inspector.ipynb #a4ee25a4
 def open_fields(
     values:dict, # fields that are determined
     known:dict, # symbol → size
@@ -342,10 +342,12 @@ def open_fields(
         why = f"shapes hold their product {w} alone: {', '.join(f'{i}·{w//i}' for i in fits[:6])}{' …' if len(fits) > 6 else ''} fit"
         ok = isinstance(n, int) and isinstance(g, int) and n*g == w and g in fits
         if not ok: [clash(f, f"groups · state size is {w}, and groups divide the {h} heads") for f in ("ssm_groups", "ssm_state_size") if f in stored]; g, n = 1, w
-        for name, value in (("ssm_groups", g), ("ssm_state_size", n)): out[name] = Open(value, "stored configuration" if name in stored and ok else "what the other leaves" if ok and {"ssm_groups", "ssm_state_size"} & stored.keys() else "this project's default", why)
+        told = ok and bool({"ssm_groups", "ssm_state_size"} & stored.keys())
+        for name, value in (("ssm_groups", g), ("ssm_state_size", n)):
+            out[name] = Open(value, "stored configuration" if told and name in stored else "what the stored one leaves" if told else "this project's default", why)
     return out, wrong
 
-# %% ../nbs/02ec_inspector.ipynb #0456debb
+# %% ../nbs/02ec_inspector.ipynb #6e1b21f5
 def few(
     what:str, # of which there may be several
     numbers, # their numbers
@@ -376,6 +378,7 @@ def complete(
     idle = {"lm_head.weight"} | {n for n, s in shapes.items() if 0 in s}
     return missing + [Contradiction("names", f"{n} {shapes[n]} is one too many: no model with its other tensors has it", (n,)) for n in sorted(shapes.keys() - want - idle)]
 
+# %% ../nbs/02ec_inspector.ipynb #f809fbc7
 def infer(
     tensors:dict, # native name → tensor (its shape suffices)
     stored:dict|None=None, # a configuration found in the file; compared, and asked for what shapes leave open
@@ -451,7 +454,7 @@ def native_names(
     if "lm_head.weight" in bare and "lm_head.weight" not in renamed.tensors: return renamed.tensors | {"lm_head.weight": renamed.tensors["embedding.weight"]}, names | {"lm_head.weight": "lm_head.weight"}, renamed.layout, renamed.notes
     return renamed.tensors, names, renamed.layout, renamed.notes
 
-# %% ../nbs/02ec_inspector.ipynb #5ac2358e
+# %% ../nbs/02ec_inspector.ipynb #62dcd186
 OURS_AT_HF = {"itera_lite": "itera_lite", "itera_lite_transformer": "transformer"} # model_type of models exported for transformers
 
 def read_json(path:Path)->dict:
@@ -486,17 +489,36 @@ def stored_config(
     fields, notes = config_from_hf(values)
     return fields, says, notes
 
+# %% ../nbs/02ec_inspector.ipynb #b5eb306a
+def as_source(
+    container:str,
+    nbytes:int, # of the files with weights
+    tensors:dict, # name in the file → tensor
+    stored:dict|None=None, # configuration, in our fields
+    extra:dict|None=None, # what else the file says
+    notes=(),
+    precision:dict|None=None, # the map that a folder of ours states
+    **more, # tokenizer, folder
+)->Source:
+    "Tensors put under native names, scales beside them. Raises `CheckpointError` for names of no model."
+    tensors, scales = split_scales(tensors)
+    native, names, layout, said = native_names(tensors)
+    rules = PrecisionMap(precision) if precision else None
+    declared = {n: rules[rule] for n in native for rule in [rules.match(n)] if rule} if rules else {}
+    back, bare = {stored: n for n, stored in names.items()}, lambda n: re.sub(WRAPPERS, "", n)
+    return Source(container, nbytes, native, {back[bare(n)]: s for n, s in scales.items() if bare(n) in back}, names, layout, stored, extra or {}, declared, [*notes, *said], **more)
+
 def read_source(
     path, # a file, one of our folders, or a folder of Hugging Face's
 )->Source:
     "Read a checkpoint of any kind. Raises `CheckpointError`, in one line."
-    path, stored, extra, notes, declared = Path(path), None, {}, [], {}
+    path, stored, extra, notes, precision = Path(path), None, {}, [], None
     if not path.exists(): raise CheckpointError(f"{path} does not exist: name a checkpoint file or a model folder")
     config = read_json(path/"config.json") if path.is_dir() and (path/"config.json").exists() else {}
     ours = bool({"format_version", "architecture"} & config.keys())
     if ours:
         own = read_config(path)
-        tensors, files = read_weights(path, own), [path/n for n in own.weights]
+        tensors, files, precision = read_weights(path, own), [path/n for n in own.weights], own.precision
         container, stored, extra = f"model folder (safetensors, {len(files)} file{'s'*(len(files) > 1)})", own.architecture, read_card(path)
     else:
         files = weight_paths(path) if path.is_dir() else [path]
@@ -508,14 +530,10 @@ def read_source(
             tensors |= foreign.tensors; extra = extra | foreign.extra; notes = notes + foreign.notes
             if foreign.config is not None: stored = foreign.config
         container = f"Hugging Face folder ({foreign.format}, {len(files)} file{'s'*(len(files) > 1)})" if path.is_dir() else foreign.format
-    tensors, scales = split_scales(tensors)
-    native, names, layout, more = native_names(tensors)
-    if ours: declared = {n: own.precision[rule] for n in native for rule in [PrecisionMap(own.precision).match(n)] if rule}
-    back = {stored: n for n, stored in names.items()}
-    scales = {back[b]: s for n, s in scales.items() for b in [re.sub(WRAPPERS, "", n)] if b in back}
-    return Source(container, sum(f.stat().st_size for f in files), native, scales, names, layout, stored, extra, declared, notes + more, path.is_dir() and (path/"tokenizer.json").exists(), path if ours else None)
+    return as_source(container, sum(f.stat().st_size for f in files), tensors, stored, extra, notes, precision,
+                     tokenizer=path.is_dir() and (path/"tokenizer.json").exists(), folder=path if ours else None)
 
-# %% ../nbs/02ec_inspector.ipynb #0a7324b2
+# %% ../nbs/02ec_inspector.ipynb #ea1eeb58
 RUN_LIMIT = 20_000_000 # parameters; larger models are tried in small only
 
 def shrunk(
@@ -543,6 +561,7 @@ def build(config:Config)->nn.Module:
     "A model, with nobody's random numbers used up."
     with torch.random.fork_rng(devices=[]): return build_model(config)
 
+# %% ../nbs/02ec_inspector.ipynb #61d1dce6
 def read_token(
     model:nn.Module, # of plain modules
 )->tuple: # seam (None: it ran), whether the logits are finite
@@ -577,7 +596,7 @@ def first_seam(
     model = build(shrunk(config))
     return read_token(fill(model, lambda name, p: p.data.to(dtypes.get(name, p.dtype))))[0]
 
-# %% ../nbs/02ec_inspector.ipynb #140d91ba
+# %% ../nbs/02ec_inspector.ipynb #2553fa94
 @dataclass(frozen=True)
 class Claim:
     "Something the file says of itself, and what is so."
@@ -615,6 +634,7 @@ def map_claims(
         out.append(Claim(f"{where} makes {count(names)} {precision.upper()}", f"{count(right)} of those are" + (f"; {other} is {weights[other][0].upper()}" if other else ""), right == names))
     return out
 
+# %% ../nbs/02ec_inspector.ipynb #189a1f9f
 def claims(
     extra:dict, # what the file says besides its configuration
     name:str, # of the file
@@ -636,11 +656,12 @@ def claims(
         elif key in ("compression_ratio", "ratio") and isinstance(value, (int, float)):
             whole = set(held) == {"fp32"}
             holds = None if whole else min(abs(value - r) for r in ratios) < 0.02*value
-            out.append(Claim(f"{where} = {value:.2f}", f"its FP32 size is {ratios[0]:.2f} times that of its tensors, {ratios[1]:.2f} times that of the file" + ("; all is FP32, so the ratio is to another model, which this file does not hold" if whole else ""), holds))
+            other = "; all is FP32, so the ratio is to another model, which this file does not hold" if whole else ""
+            out.append(Claim(f"{where} = {value:.2f}", f"its FP32 size is {ratios[0]:.2f} times that of its tensors, {ratios[1]:.2f} times that of the file{other}", holds))
     word(f"the name {name}", name)
     return out
 
-# %% ../nbs/02ec_inspector.ipynb #b56c2762
+# %% ../nbs/02ec_inspector.ipynb #d681793e
 _FP16 = [f"layers.*.ssm.{part}" for part in ("norm", "in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")]
 PUBLISHED_MAP = PrecisionMap({"embedding": "int8", "position_embedding": "int8", "lm_head": "int8"} | dict.fromkeys(_FP16, "fp16") | {"norm_f": "fp16"}) # of task 3
 
@@ -671,7 +692,8 @@ def techniques(
     packed = sum(weights[n].numel() for n in shapes if not weights[n].is_floating_point())
     share = sum(weights[n].numel() for n in can)/max(total, 1)
     out = [Technique("quantisation", bool(can), f"{len(can)} of {len(shapes)} tensors, {share:.1%} of the parameters, would shrink in INT8" + (f"; {packed/total:.1%} are quantised already" if packed else "")),
-           Technique("mixed precision", len(shapes) > 1 and not packed, "some tensors are quantised already: start from the original" if packed else f"each of {len(shapes)} tensors can have its own; the published map speaks of {published_coverage({names[n]: s for n, s in shapes.items()})} of the parameters by the file's names, of {published_coverage(shapes)} by native ones")]
+           Technique("mixed precision", len(shapes) > 1 and not packed, "some tensors are quantised already: start from the original" if packed else f"each of {len(shapes)} tensors can have its own; "
+                     f"the published map speaks of {published_coverage({names[n]: s for n, s in shapes.items()})} of the parameters by the file's names, of {published_coverage(shapes)} by native ones")]
     def prune(what, n, more=""): out.append(Technique(f"pruning of {what}", n > 1, f"{n:,} {what}{more}" if n > 1 else f"not applicable: {n} {what}"))
     if config.model_type == "transformer": prune("attention heads", config.num_heads, " (of the default configuration: no tensor tells)")
     else:
@@ -766,32 +788,47 @@ def accounts(
         for s in scales.get(name, ()): add(component(name), "scales", s, 0)
     return components, dtypes
 
-# %% ../nbs/02ec_inspector.ipynb #14a1fa86
-def inspect(
-    path, # a checkpoint file, one of our folders, or a folder of Hugging Face's
+# %% ../nbs/02ec_inspector.ipynb #afdec97a
+def listed_fields(found:Inference)->list: # of dicts
+    "Every field with where its value comes from."
+    told = [dict(field=f, value=v, determined=True, source="tensors", witnesses=len(found.witnesses.get(f, ())), examples=[f"{w}: {w.says}" for w in found.witnesses.get(f, ())[:3]])
+            for f, v in found.values.items()]
+    return told + [dict(field=f, value=o.value, determined=False, source=o.source, witnesses=0, examples=[o.why]) for f, o in found.undetermined.items()]
+
+def examine(
+    source:Source,
+    path, # its name, for the reader
 )->Report:
-    "Everything that a checkpoint tells, and what of its own claims holds. Raises `CheckpointError` where it cannot be read."
-    source = read_source(path)
+    "Everything that a checkpoint tells, and what of its own claims holds."
     found = infer(source.tensors, source.stored)
-    try: config, contradictions = found.config(), []
-    except CheckpointError as e: config, contradictions = None, [] if any(not c.stored for c in found.contradictions) else [str(e)]
+    wrong = [c.text for c in found.contradictions]
+    try: config = found.config()
+    except CheckpointError as e:
+        config = None
+        if all(c.stored for c in found.contradictions): wrong.append(str(e))
     equal = head_kind(source.tensors) == "equal"
     weights = {n: t for n, t in source.tensors.items() if not (equal and n == "lm_head.weight")}
     components, dtypes = accounts(weights, source.scales)
     total, stored_bytes = sum(d["parameters"] for d in dtypes.values()), sum(d["bytes"] for d in dtypes.values())
-    fields = [dict(field=f, value=v, determined=True, source="tensors", witnesses=len(found.witnesses.get(f, ())), examples=[f"{w}: {w.says}" for w in found.witnesses.get(f, ())[:3]]) for f, v in found.values.items()]
-    fields += [dict(field=f, value=o.value, determined=False, source=o.source, witnesses=0, examples=[o.why]) for f, o in found.undetermined.items()]
-    by_file = {source.names[n]: (dtype_name(t), t.numel()) for n, t in weights.items() if t.numel()}
-    told = claims(source.extra, Path(path).name, by_file, (4*total/max(stored_bytes, 1), 4*total/source.nbytes))
-    if source.declared: told += [Claim(f"config.json makes {n} {p.upper()}", f"it is {dtype_name(weights[n]).upper()}", False) for n, p in source.declared.items() if n in weights and dtype_name(weights[n]) != STORED_AS.get(p, p)] or [Claim(f"config.json gives the precision of {len(source.declared)} tensors", "all are as it says", True)]
+    told = claims(source.extra, Path(path).name, {source.names[n]: (dtype_name(t), t.numel()) for n, t in weights.items() if t.numel()}, (4*total/max(stored_bytes, 1), 4*total/source.nbytes))
+    if source.declared:
+        other = [(n, p) for n, p in source.declared.items() if n in weights and dtype_name(weights[n]) != STORED_AS.get(p, p)]
+        told += [Claim(f"config.json makes {n} {p.upper()}", f"it is {dtype_name(weights[n]).upper()}", False) for n, p in other] or [Claim(f"config.json gives the precision of {len(source.declared)} tensors", "all are as it says", True)]
     numbers = {n: [t, *source.scales.get(n, ())] for n, t in weights.items() if t.numel()}
+    broken = [n for n, ts in numbers.items() if not all(t.isfinite().all() for t in ts if t.is_floating_point())]
     runs, seam, tried = try_run(source, weights, config)
-    mixture = found.values.get("moe_layers", ())
-    number = found.values.get("num_experts", 0)
-    return Report(str(path), source.container, source.layout, found.values.get("kernel", "attention"), source.nbytes, stored_bytes, 4*total, total, config and config.model_dump(mode="json"), source.stored is not None,
-                  source.tokenizer, fields, contradictions + [c.text for c in found.contradictions], components, dtypes, told, dict(number=number, layers=list(mixture), lost=bool(mixture) and not number),
-                  config and config.tie_embeddings, [n for n, ts in numbers.items() if not all(t.isfinite().all() for t in ts if t.is_floating_point())], [n for n, ts in numbers.items() if not ts[0].any()],
-                  runs, seam, tried, techniques(weights, source.names, config, source.tokenizer), source.notes + found.notes)
+    layers, experts = list(found.values.get("moe_layers", ())), found.values.get("num_experts", 0)
+    return Report(path=str(path), container=source.container, layout=source.layout, kernel=found.values.get("kernel", "attention"), file_bytes=source.nbytes, tensor_bytes=stored_bytes,
+                  fp32_bytes=4*total, parameters=total, configuration=config and config.model_dump(mode="json"), stored=source.stored is not None, tokenizer=source.tokenizer,
+                  fields=listed_fields(found), contradictions=wrong, components=components, dtypes=dtypes, claims=told, experts=dict(number=experts, layers=layers, lost=bool(layers) and not experts),
+                  tied=config and config.tie_embeddings, non_finite=broken, all_zero=[n for n, ts in numbers.items() if not ts[0].any()], runs=runs, seam=seam, tried=tried,
+                  techniques=techniques(weights, source.names, config, source.tokenizer), notes=source.notes + found.notes)
+
+def inspect(
+    path, # a checkpoint file, one of our folders, or a folder of Hugging Face's
+)->Report:
+    "What is in a checkpoint. Raises `CheckpointError`, in one line, where it cannot be read or is no model of this project."
+    return examine(read_source(path), path)
 
 # %% ../nbs/02ec_inspector.ipynb #f3a93c75
 def table(rows)->str:
