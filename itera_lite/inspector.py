@@ -152,7 +152,7 @@ def solve(
         if not any(s in known for s in said): return known, witnesses, wrong
         open_ = later
 
-# %% ../nbs/02ec_inspector.ipynb #8acf3e8b
+# %% ../nbs/02ec_inspector.ipynb #11df79a3
 @dataclass
 class Names:
     "What the names of tensors say; fields as in the configuration."
@@ -180,6 +180,9 @@ def read_names(
     layers = sorted({i for i, _ in places.values() if i is not None})
     if not layers: raise CheckpointError("no tensor is called layers.N.…: there is no layer to read a configuration from")
     last = next(n for n in shapes if places[n][0] == layers[-1])
+    if len(layers) <= layers[-1]:
+        hole = next(i for i, layer in enumerate(layers) if i != layer)
+        out.contradictions.append(Contradiction("num_layers", f"num_layers: layer {hole} is missing; {last} {shapes[last]} is of layer {layers[-1]}", (last,)))
     out.decide("num_layers", [Witness(last, shapes[last], layers[-1] + 1, f"layers 0 … {layers[-1]}")])
     out.decide("kernel", [Witness(n, shapes[n], kernel, f"is {kernel}'s alone") for n, (_, inner) in places.items() for kernel, marks in MARKS.items() if inner in marks])
     if "kernel" not in out.values: raise CheckpointError("no tensor tells which kernel the layers have: s4 has ssm.B, mamba ssm.x_proj, mamba2 ssm.dt_bias, a Transformer attn.qkv")
@@ -191,7 +194,7 @@ def read_names(
     out.decide("positions", [Witness(seen, shapes[seen], "learned" if positions in shapes else "none", "is there" if positions in shapes else f"stands without {positions}")])
     return out
 
-# %% ../nbs/02ec_inspector.ipynb #358ba0da
+# %% ../nbs/02ec_inspector.ipynb #da9e307c
 def read_second_halves(
     out:Names,
     shapes:dict, # native name → shape
@@ -211,6 +214,10 @@ def read_second_halves(
         out.values["moe_layers"] = tuple(mixtures)
     for i, example in mixtures.items():
         experts = {int(m[1]): n for n, _ in inner[i] for m in [re.search(r"\.moe\.experts\.(\d+)\.", n)] if m}
+        holes = [k for k, known in enumerate(sorted(experts)) if k != known]
+        if holes:
+            lost, last = f"layers.{i}.moe.experts.{holes[0]}.w1.weight", experts[max(experts)]
+            out.contradictions.append(Contradiction("num_experts", f"num_experts: {lost} is missing; {last} {shapes[last]} is of expert {max(experts)}", (lost, last)))
         name = experts[max(experts)] if experts else next((n for n, _ in inner[i] if "router" in n), example)
         out.equations.append(Equation(name, shapes[name], "experts in its layer", max(experts, default=-1) + 1, {"E": 1}))
 
@@ -270,7 +277,7 @@ def meaning(
     if name == "ssm_head_size" and value is None: return 64
     return value
 
-# %% ../nbs/02ec_inspector.ipynb #e7f1c28b
+# %% ../nbs/02ec_inspector.ipynb #b0238389
 FOREIGN_FIELDS = ("use_flash_attn", "gradient_checkpointing") # of published configurations: settings of a training, not of a model
 WHY = {"dropout": "no tensor depends on it", "layer_norm_eps": "no tensor depends on it", "load_balance_loss_weight": "it is a setting of training",
        "ssm_dt_limit": "no tensor depends on it", "num_heads": "attention's tensors have one shape whatever the heads", "num_experts": "no layer is a mixture",
@@ -282,7 +289,7 @@ def check_stored(
 )->tuple: # fields of ours, notes
     "Fields of a stored configuration. Raises `CheckpointError` for one that no model of ours has."
     kind = stored.get("model_type", "itera_lite")
-    if kind not in CONFIG_TYPES: raise unknown("model_type of the stored configuration", kind, CONFIG_TYPES, error=CheckpointError)
+    if str(kind) not in CONFIG_TYPES: raise unknown("model_type of the stored configuration", kind, CONFIG_TYPES, error=CheckpointError)
     fields, dropped = CONFIG_TYPES[kind].model_fields, [f for f in FOREIGN_FIELDS if f in stored]
     strange = [f for f in stored if f not in fields and f not in FOREIGN_FIELDS]
     if strange: raise unknown("field of the stored configuration", strange[0], fields, error=CheckpointError)
@@ -308,7 +315,7 @@ def shape_fields(
     if block == "attention": values = {k: v for k, v in values.items() if k not in ("kernel", "feed_forward", "moe_layers")}
     return values, {f: (s,) for s, f in fields.items() if s in known} | where | {"top_k_experts": ("E",)}, wrong
 
-# %% ../nbs/02ec_inspector.ipynb #a4ee25a4
+# %% ../nbs/02ec_inspector.ipynb #f12c5e75
 def open_fields(
     values:dict, # fields that are determined
     known:dict, # symbol → size
@@ -337,7 +344,7 @@ def open_fields(
     if kernel == "mamba2" and "W" in known:
         w, h, g = known["W"], known.get("H", 1), stored.get("ssm_groups") or 1
         n = stored.get("ssm_state_size", w//g if isinstance(g, int) and not w % g else w)
-        fits = [i for i in range(1, w + 1) if not w % i and not h % i]
+        fits = [i for i in range(1, min(w, h) + 1) if not w % i and not h % i]
         if "ssm_groups" not in stored and isinstance(n, int) and n > 0 and not w % n and w//n in fits: g = w//n
         why = f"shapes hold their product {w} alone: {', '.join(f'{i}·{w//i}' for i in fits[:6])}{' …' if len(fits) > 6 else ''} fit"
         ok = isinstance(n, int) and isinstance(g, int) and n*g == w and g in fits
@@ -413,7 +420,7 @@ def infer(
     if model_type == "itera_lite" and not values.get("feed_forward", True): values["moe_layers"] = ()
     return Inference(model_type, values, witnesses, undetermined, wrong + against, notes)
 
-# %% ../nbs/02ec_inspector.ipynb #5784a617
+# %% ../nbs/02ec_inspector.ipynb #70c1405e
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def dtype_name(tensor:Tensor)->str: return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
@@ -446,6 +453,7 @@ def native_names(
     tensors:dict, # name in the file → tensor, without scales
 )->tuple: # tensors under native names, native name → name in the file, layout, notes
     "Native names, of Transformers too; a head that repeats the embedding stays in sight."
+    tensors = {n: t for n, t in tensors.items() if t.numel() or n.endswith("router.gate.weight")} # a router without experts is worth seeing
     bare = {re.sub(WRAPPERS, "", n): n for n in tensors}
     if len(bare) == len(tensors) and all(any(dimensions(n, b) for b in BLOCKS) for n in bare):
         return {n: tensors[stored] for n, stored in bare.items()}, {n: n for n in bare}, "native", []
@@ -454,7 +462,7 @@ def native_names(
     if "lm_head.weight" in bare and "lm_head.weight" not in renamed.tensors: return renamed.tensors | {"lm_head.weight": renamed.tensors["embedding.weight"]}, names | {"lm_head.weight": "lm_head.weight"}, renamed.layout, renamed.notes
     return renamed.tensors, names, renamed.layout, renamed.notes
 
-# %% ../nbs/02ec_inspector.ipynb #62dcd186
+# %% ../nbs/02ec_inspector.ipynb #18bb09e7
 OURS_AT_HF = {"itera_lite": "itera_lite", "itera_lite_transformer": "transformer"} # model_type of models exported for transformers
 
 def read_json(path:Path)->dict:
@@ -482,12 +490,12 @@ def stored_config(
 )->tuple: # fields of ours, what else it says, notes
     "A configuration for transformers in our fields. Raises `CheckpointError`."
     says = {k: values[k] for k in ("torch_dtype", "dtype", "quantization_config") if k in values}
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind in OURS_AT_HF: return {"model_type": OURS_AT_HF[kind]} | {k: v for k, v in values.items() if k in CONFIG_TYPES[OURS_AT_HF[kind]].model_fields and k != "model_type"}, says, []
     if kind not in HF_OWN: raise unknown("model_type in config.json", kind, [*HF_OWN, *OURS_AT_HF], error=CheckpointError)
     values = {k: v for k, v in values.items() if k != "quantization_config"}
-    fields, notes = config_from_hf(values)
-    return fields, says, notes
+    try: return config_from_hf(values)[0], says, config_from_hf(values)[1]
+    except (TypeError, ValueError, ArithmeticError) as e: raise CheckpointError(f"config.json holds a value that no {kind} model has: {' '.join(str(e).split())}") from None
 
 # %% ../nbs/02ec_inspector.ipynb #b5eb306a
 def as_source(
@@ -596,7 +604,7 @@ def first_seam(
     model = build(shrunk(config))
     return read_token(fill(model, lambda name, p: p.data.to(dtypes.get(name, p.dtype))))[0]
 
-# %% ../nbs/02ec_inspector.ipynb #2553fa94
+# %% ../nbs/02ec_inspector.ipynb #6b163c6b
 @dataclass(frozen=True)
 class Claim:
     "Something the file says of itself, and what is so."
@@ -623,6 +631,8 @@ def map_claims(
     weights:dict, # name in the file → (dtype name, parameters)
 )->list:
     "What a precision map in the file says of each precision."
+    plain = all(isinstance(p, str) and p.count("*") < 5 and isinstance(v, (str, type(None))) for p, v in rules.items()) # a pattern of many stars takes forever
+    if not plain: return [Claim(f"{where} is a precision map", "it is none that this project reads", None)]
     try: decided = {n: PrecisionMap(rules)[rule] for n in weights for rule in [PrecisionMap(rules).match(n)] if rule}
     except ConfigError as e: return [Claim(f"{where} is a precision map", str(e), False)]
     out = []
@@ -634,7 +644,7 @@ def map_claims(
         out.append(Claim(f"{where} makes {count(names)} {precision.upper()}", f"{count(right)} of those are" + (f"; {other} is {weights[other][0].upper()}" if other else ""), right == names))
     return out
 
-# %% ../nbs/02ec_inspector.ipynb #189a1f9f
+# %% ../nbs/02ec_inspector.ipynb #532e03ad
 def claims(
     extra:dict, # what the file says besides its configuration
     name:str, # of the file
@@ -648,12 +658,12 @@ def claims(
         for w in dict.fromkeys(WORDS[w] for w in re.findall(r"[a-z]+\d+|half", text.lower()) if w in WORDS):
             out.append(Claim(f"{where} says {w.upper()}", f"{sum(d == w for d, _ in weights.values())} of {len(weights)} tensors are ({held[w]:,} parameters)", held[w] > 0))
     for where, key, value in said(extra):
-        if isinstance(value, list) and value and all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value): value = dict(value)
+        if isinstance(value, list) and value and all(isinstance(v, (list, tuple)) and len(v) == 2 and isinstance(v[0], str) for v in value): value = dict(value)
         if key in ("precision_map", "precision") and isinstance(value, dict): out += map_claims(where, value, weights)
         elif key in ("precision", "dtype", "torch_dtype", "quantization", "quantization_method", "format", "storage") and isinstance(value, str): word(f"{where}: {value}", value)
         elif key == "total_params" and isinstance(value, int): out.append(Claim(f"{where} = {value:,}", f"{sum(held.values()):,} parameters", value == sum(held.values())))
         elif re.fullmatch(r"\w+_params", key) and key[:-7] in WORDS and isinstance(value, int): out.append(Claim(f"{where} = {value:,}", f"{held[WORDS[key[:-7]]]:,} parameters", value == held[WORDS[key[:-7]]]))
-        elif key in ("compression_ratio", "ratio") and isinstance(value, (int, float)):
+        elif key in ("compression_ratio", "ratio") and isinstance(value, (int, float)) and 0 < value < 1e6:
             whole = set(held) == {"fp32"}
             holds = None if whole else min(abs(value - r) for r in ratios) < 0.02*value
             other = "; all is FP32, so the ratio is to another model, which this file does not hold" if whole else ""
@@ -830,10 +840,10 @@ def inspect(
     "What is in a checkpoint. Raises `CheckpointError`, in one line, where it cannot be read or is no model of this project."
     return examine(read_source(path), path)
 
-# %% ../nbs/02ec_inspector.ipynb #f3a93c75
+# %% ../nbs/02ec_inspector.ipynb #12a26abd
 def table(rows)->str:
     "Rows of text, their columns under each other."
-    rows = [[str(c) for c in row] for row in rows]
+    rows = [["".join(x if x.isprintable() else "?" for x in str(c)) for c in row] for row in rows] # a stranger's text reaches no terminal as it is
     widths = [max(len(c) for c in column) for column in zip(*rows)] if rows else []
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
 

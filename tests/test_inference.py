@@ -195,6 +195,36 @@ def test_a_stored_field_that_is_wrong_is_said_and_the_tensors_win(config, data):
         inference.config(strict=True)
 
 
+PLAIN = st.none() | st.booleans() | numbers(-3, 10**30) | st.floats() | st.text(max_size=9)
+JUNK = PLAIN | st.lists(numbers(-1, 9), max_size=3) | st.dictionaries(st.text(max_size=3), numbers(0, 3))
+FAR = ["layers.99999999999999999999.ssm.B", "layers.0.moe.experts.4000000000.w1.weight", "layers.1.ffn.w1.weight", "layers.0.attn.qkv.weight", "x"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(configs(), st.data())
+def test_junk_in_a_stored_configuration_is_one_line_at_most(config, data):
+    tensors = tensors_of(config)
+    fields = data.draw(st.dictionaries(st.sampled_from([*type(config).model_fields, "use_flash_attn"]), JUNK, max_size=6))
+    try:
+        inference = infer(tensors, fields)
+        assert {n: t.shape for n, t in tensors_of(inference.config()).items()} == {n: t.shape for n, t in tensors.items()}
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(configs(), st.data())
+def test_junk_among_the_tensors_is_one_line_at_most(config, data):
+    """Any tensors with names of this project's, of any shape, some of them far away: an answer or a refusal, soon."""
+    names = [*tensors_of(config), *FAR]
+    shapes = data.draw(st.dictionaries(st.sampled_from(names), st.lists(numbers(0, 5), max_size=4), max_size=30))
+    keep = data.draw(st.booleans())
+    try:
+        infer((tensors_of(config) if keep else {}) | {n: torch.empty(s, device="meta") for n, s in shapes.items()}).config()
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
 # One of each
 
 
