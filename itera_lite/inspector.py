@@ -462,7 +462,7 @@ def native_names(
     if "lm_head.weight" in bare and "lm_head.weight" not in renamed.tensors: return renamed.tensors | {"lm_head.weight": renamed.tensors["embedding.weight"]}, names | {"lm_head.weight": "lm_head.weight"}, renamed.layout, renamed.notes
     return renamed.tensors, names, renamed.layout, renamed.notes
 
-# %% ../nbs/02ec_inspector.ipynb #18bb09e7
+# %% ../nbs/02ec_inspector.ipynb #6e478d60
 OURS_AT_HF = {"itera_lite": "itera_lite", "itera_lite_transformer": "transformer"} # model_type of models exported for transformers
 
 def read_json(path:Path)->dict:
@@ -491,7 +491,10 @@ def stored_config(
     "A configuration for transformers in our fields. Raises `CheckpointError`."
     says = {k: values[k] for k in ("torch_dtype", "dtype", "quantization_config") if k in values}
     kind = str(values.get("model_type"))
-    if kind in OURS_AT_HF: return {"model_type": OURS_AT_HF[kind]} | {k: v for k, v in values.items() if k in CONFIG_TYPES[OURS_AT_HF[kind]].model_fields and k != "model_type"}, says, []
+    if "quantization_config" in says: says = {"quantization_config": says["quantization_config"]} # then dtype is what it computes in
+    if kind in OURS_AT_HF:
+        notes = ["packed: runs in transformers through itera_lite.hf, not in plain modules"]*("quantization_config" in says)
+        return {"model_type": OURS_AT_HF[kind]} | {k: v for k, v in values.items() if k in CONFIG_TYPES[OURS_AT_HF[kind]].model_fields and k != "model_type"}, says, notes
     if kind not in HF_OWN: raise unknown("model_type in config.json", kind, [*HF_OWN, *OURS_AT_HF], error=CheckpointError)
     values = {k: v for k, v in values.items() if k != "quantization_config"}
     try: return config_from_hf(values)[0], says, config_from_hf(values)[1]
