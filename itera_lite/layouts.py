@@ -153,12 +153,16 @@ def config_from_hf(
     strange = sorted(set(values) - set(known) - set(HF_MUST) - idle - {"model_type", "num_heads"})
     if strange: raise CheckpointError(f"config.json has the field {strange[0]!r}, which no {kind} model is known to have; remove it if it changes nothing")
     given = HF_DEFAULTS[kind] | {k: v for k, v in values.items() if k in known or k == "num_heads"}
+    for name, v in given.items():
+        if name == "time_step_rank" and v == "auto" or name == "time_step_limit" and (v is None or isinstance(v, (list, tuple)) and len(v) == 2): continue
+        if not isinstance(v, (int, float)): raise CheckpointError(f"config.json says {name} {v!r}: a number is needed")
     fields = dict(kernel=kind, norm="rmsnorm", positions="none", feed_forward=False) | {new: given[old] for old, new in known.items()}
     if kind == "mamba" and fields["ssm_dt_rank"] == "auto": fields["ssm_dt_rank"] = None
     if kind == "mamba2":
         inner = given["expand"] * given["hidden_size"]
         if given["num_heads"] * given["head_dim"] != inner: raise CheckpointError(f"config.json says {given['num_heads']} heads of {given['head_dim']}, which are not expand × hidden_size = {inner}")
-        low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in fields["ssm_dt_limit"] or (0.0, float("inf")))   # its spelling of infinity in JSON
+        try: low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in fields["ssm_dt_limit"] or (0.0, float("inf")))   # its spelling of infinity in JSON
+        except (TypeError, ValueError, KeyError): raise CheckpointError(f"config.json says time_step_limit {fields['ssm_dt_limit']!r}: two numbers are needed") from None
         fields["ssm_dt_limit"] = None if (low, high) == (0.0, float("inf")) else (low, min(high, 3.4e38))
     dropped, missing = sorted(idle & set(values)), sorted(set(known) - set(values))
     notes = [f"fields without a meaning here dropped: {', '.join(dropped)}"] * bool(dropped) + [f"fields missing, taken as Hugging Face's defaults: {', '.join(missing)}"] * bool(missing)
