@@ -398,7 +398,7 @@ def identity(model, train_stream, validation_stream, config:TrainConfig, seed:in
     settings = config.model_dump(mode="json", exclude={"checkpoint_every_steps", "log_every_steps"})
     return {**{f"config.{k}": v for k, v in settings.items()}, **{f"model.{k}": v for k, v in architecture.items()},
             "model class": type(model).__name__, "model shapes": sha256_text(json.dumps(shapes, sort_keys=True)),
-            "train data": sha(train_stream), "validation data": sha(validation_stream),
+            **{f"loss.{k}": v for k, v in getattr(model, "loss_facts", {}).items()}, "train data": sha(train_stream), "validation data": sha(validation_stream),
             "seed": seed, "processes": accelerator.num_processes, "device": accelerator.device.type}
 
 def surroundings()->dict: # JSON-able
