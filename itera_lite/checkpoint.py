@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import safetensors.torch, torch, yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .core import CheckpointError, ConfigError, Sha256, Strict, first_problem, sha256_file, sha256_text, unknown
-from .formats import (FORMATS, SCALE_DTYPE, Packed, PackedModule, PrecisionMap, compact_map, coverage, pack_tensor, scale_shape,
+from .formats import (Packed, PackedModule, PrecisionMap, compact_map, coverage, get_format, layout, pack_tensor,
                                 storage_bytes, tensor_precisions, tensor_shapes)
 from .model import build_model, config_from_dict
 
@@ -31,8 +31,7 @@ def stored_tensors(
     for path, module in model.named_modules():
         if not isinstance(module, PackedModule): continue
         for name in module.precisions:
-            packed = module.packed(name)
-            tensors |= {f"{path}.{n}".lstrip("."): t for n, t in ((name, packed.codes), (f"{name}_scale", packed.scale)) if t is not None}
+            tensors |= {f"{path}.{name}{ending}".lstrip("."): t for ending, t in module.packed(name).stored.items()}
     known = {id(t) for t in tensors.values()}
     others = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in known]
     if others: raise CheckpointError(f"buffer '{others[0]}' is not a weight and has no place in a model folder; register it with persistent=False")
@@ -43,12 +42,7 @@ def expected_tensors(
     precisions:dict, # tensor name → precision
 )->dict: # name in the file → (dtype, shape)
     "What the file of a model with these tensors must hold, neither more nor less."
-    expected = {}
-    for name, shape in shapes.items():
-        expected[name] = (FORMATS[precisions[name]].dtype, tuple(shape))
-        scales = scale_shape(shape, precisions[name])
-        if scales is not None: expected[f"{name}_scale"] = (SCALE_DTYPE, scales)
-    return expected
+    return {name + ending: kind for name, shape in shapes.items() for ending, kind in layout(shape, precisions[name]).items()}
 
 # %% ../nbs/02e_checkpoint.ipynb #d4632928
 FORMAT_VERSION = 1
@@ -58,7 +52,7 @@ class FolderConfig(Strict):
     "config.json of a model folder."
     format_version: Literal[FORMAT_VERSION]
     architecture: dict # fields of the model's configuration
-    precision: dict[str, Literal[tuple(FORMATS)]] # ordered map from name patterns
+    precision: dict[str, Annotated[str, AfterValidator(lambda p: get_format(p).name)]] # ordered map from name patterns
     weights: dict[Annotated[str, Field(pattern=WEIGHT_FILE)], Sha256] = Field(min_length=1) # file → hash
     sha256: Sha256|None = None # of everything above; folders of the first days have none
 
@@ -85,6 +79,7 @@ def read_config(
     if values.get("format_version") != FORMAT_VERSION: raise CheckpointError(f"{path} has format_version {values.get('format_version')}; this version of the project reads {FORMAT_VERSION}")
     try: config = FolderConfig.model_validate(values)
     except ValidationError as e: raise CheckpointError(f"{path}: {first_problem(e)}") from None
+    except ConfigError as e: raise CheckpointError(f"{path}: {e}") from None # a precision that does not exist
     if config.sha256 not in (None, config.checksum()): raise CheckpointError(f"{path} was altered: its own checksum says so; copy the folder again, or take the line 'sha256' out if you changed it on purpose")
     return config
 
@@ -302,7 +297,7 @@ def load_model(
     parameters = dict(model.named_parameters())
     for name, precision in precisions.items():
         if precision == "fp32": parameters[name].data = tensors[name]
-        else: pack_tensor(model, name, Packed(precision, tensors[name], tensors.get(f"{name}_scale")))
+        else: pack_tensor(model, name, Packed(precision, cover.shapes[name], {ending: tensors[name + ending] for ending in layout(cover.shapes[name], precision)}))
     model.card = read_card(folder)
     return model.eval().to(device)
 
