@@ -9,7 +9,7 @@ __all__ = ['LAYOUTS', 'SYMBOLS', 'GROUPS', 'LANES', 'SILENCED', 'RANKING', 'IMPO
            'calibration_loss', 'taylor_values', 'watched_experts', 'reap', 'ablation', 'unit_importance', 'least_kept',
            'kept_units', 'units_to_remove', 'unit_bytes', 'even_shares', 'global_shares', 'make_plan', 'prune_model',
            'linear_weights', 'input_norms', 'smallest', 'prune_unstructured', 'sparsity', 'sparse_bytes', 'zeros_kept',
-           'recover']
+           'recover', 'removal_figure']
 
 # %% ../nbs/06_pruning.ipynb #600cfaa9
 import copy, hashlib, json, math, re
@@ -105,7 +105,7 @@ def owners(
         start += math.prod(shape)
     return found
 
-# %% ../nbs/06_pruning.ipynb #d85e5e83
+# %% ../nbs/06_pruning.ipynb #be7d0299
 def block_slices(
     path:str, # of the block, such as layers.0.ssm
     kind:str, # key of `LAYOUTS`
@@ -134,7 +134,6 @@ def model_blocks(
         if i in config.mixture_layers: yield from [(f"layers.{i}.moe", "moe", i)]*bool(config.layer(i).num_experts)
         elif config.feed_forward: yield f"layers.{i}.ffn", "ffn", i
 
-# %% ../nbs/06_pruning.ipynb #f141c4f7
 def layer_site(
     model:nn.Module,
 )->Site:
@@ -392,7 +391,7 @@ def unit_importance(
     return [{"taylor": lambda: sum(unit_sums(s, c, values) for c in s.slices), "magnitude": lambda: magnitude(model, s)/magnitude(model, s).mean(), "reap": lambda: reap(model, s, batches),
              "ablation": lambda: ablation(model, s, batches), "random": lambda: torch.rand(s.units, generator=generator)}[method]() for s in sites]
 
-# %% ../nbs/06_pruning.ipynb #84289f64
+# %% ../nbs/06_pruning.ipynb #5a343f34
 def least_kept(
     model:CausalLM,
     site:Site,
@@ -431,7 +430,6 @@ def unit_bytes(
     shapes = tensor_shapes(model)
     return 4*sum(math.prod(shapes[s.tensor])*(1 if s.axis is None else float((s.owner >= 0).float().mean())) for s in site.slices)/site.units
 
-# %% ../nbs/06_pruning.ipynb #bbcc7aae
 def even_shares(
     model:CausalLM,
     sites, # of one group
@@ -491,7 +489,7 @@ def prune_model(
     small.card["pruned"] = ", ".join(f"{group} {fraction:.0%}" for group, fraction in fractions.items() if fraction)
     return small
 
-# %% ../nbs/06_pruning.ipynb #bef1bd36
+# %% ../nbs/06_pruning.ipynb #c9bb2263
 def linear_weights(
     model:nn.Module,
 )->dict: # tensor name → module
@@ -513,7 +511,6 @@ def input_norms(
         for hook in hooks: hook.remove()
     return {n: s.sqrt().float() for n, s in sums.items()}
 
-# %% ../nbs/06_pruning.ipynb #5d5eb3e8
 def smallest(
     score:Tensor, # (groups, n) of weights that compete
     count:int, # of each group
@@ -597,3 +594,19 @@ def recover(
     write_json(folder/"result.json", result)
     remove_checkpoints(folder)
     return result
+
+# %% ../nbs/06_pruning.ipynb #c816427f
+def removal_figure(
+    points, # dicts: group, fraction, before, after (bits per byte), ratio (parameters before / after)
+    unpruned:float, # bits per byte
+)->go.Figure:
+    "Bits per byte over the removed fraction, for each group, before and after recovery."
+    figure, colors = go.Figure(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")
+    for group, color in zip(dict.fromkeys(p["group"] for p in points), colors):
+        some = sorted((p for p in points if p["group"] == group), key=lambda p: p["fraction"])
+        for when, dash in (("before", "dash"), ("after", "solid")):
+            figure.add_scatter(x=[0, *(p["fraction"] for p in some)], y=[unpruned, *(p[when] for p in some)], name=group, legendgroup=group, showlegend=when == "after", mode="lines+markers",
+                               line=dict(color=color, dash=dash), customdata=[1, *(p["ratio"] for p in some)],
+                               hovertemplate=f"{group}, {when} recovery<br>%{{x:.0%}} removed, %{{customdata:.2f}}× fewer parameters<br>%{{y:.4f}}<extra></extra>")
+    figure.add_hline(y=unpruned, line_dash="dot", annotation_text="unpruned")
+    return figure.update_layout(template="plotly_white", height=460, xaxis=dict(title="removed fraction of the group's units", tickformat=".0%"), yaxis_title="bits per byte of validation text")
