@@ -29,7 +29,7 @@ try:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error: raise ConfigError(f"itera_lite.hf needs transformers 5 or newer ({error}): pip install 'itera-lite[hf]'") from None
 
-# %% ../nbs/02f_hf.ipynb #b4d165b7
+# %% ../nbs/02f_hf.ipynb #30929c7b
 class IteraLiteHFConfig(PretrainedConfig):
     "The fields of `itera_lite.model.IteraLiteConfig` as `transformers` keeps them. Raises ConfigError for what the native configuration refuses."
     model_type = "itera_lite"
@@ -44,7 +44,7 @@ class IteraLiteHFConfig(PretrainedConfig):
         for key in fields.keys() - names:
             if not hasattr(PretrainedConfig, key) and difflib.get_close_matches(key, names, 1, 0.85): raise unknown(f"field of an {self.model_type} configuration", key, sorted(names))
         native = config_from_dict({"model_type": self.native_type} | {k: fields.pop(k) for k in names & fields.keys()})
-        for name in sorted(names): setattr(self, name, native.model_dump(mode="json")[name])
+        for name in sorted(names): setattr(self, name, native.model_dump(mode="json").get(name))
         self.use_cache = use_cache
         super().__init__(**fields)
 

@@ -7,9 +7,9 @@ __all__ = ['OUTER', 'FEED_FORWARD', 'MIXTURE', 'BLOCKS', 'MARKS', 'SYMBOLS', 'PL
            'DTYPE_NAMES', 'OURS_AT_HF', 'RUN_LIMIT', 'WORDS', 'STORED_AS', 'PUBLISHED_MAP', 'layer_name', 'dimensions',
            'Witness', 'Contradiction', 'Equation', 'vote', 'equations', 'solve', 'Names', 'read_names',
            'read_second_halves', 'expected_names', 'Open', 'Inference', 'meaning', 'check_stored', 'shape_fields',
-           'open_fields', 'few', 'head_kind', 'complete', 'infer', 'dtype_name', 'Source', 'split_scales',
-           'native_names', 'read_json', 'weight_paths', 'stored_config', 'as_source', 'read_source', 'shrunk', 'fill',
-           'build', 'read_token', 'first_seam', 'Claim', 'said', 'map_claims', 'claims', 'Technique',
+           'open_fields', 'few', 'head_kind', 'complete', 'infer_layers', 'infer', 'dtype_name', 'Source',
+           'split_scales', 'native_names', 'read_json', 'weight_paths', 'stored_config', 'as_source', 'read_source',
+           'shrunk', 'fill', 'build', 'read_token', 'first_seam', 'Claim', 'said', 'map_claims', 'claims', 'Technique',
            'published_coverage', 'techniques', 'component', 'Report', 'try_run', 'accounts', 'listed_fields', 'examine',
            'inspect', 'table', 'report_text', 'bytes_figure']
 
@@ -315,7 +315,7 @@ def shape_fields(
     if block == "attention": values = {k: v for k, v in values.items() if k not in ("kernel", "feed_forward", "moe_layers")}
     return values, {f: (s,) for s, f in fields.items() if s in known} | where | {"top_k_experts": ("E",)}, wrong
 
-# %% ../nbs/02ec_inspector.ipynb #f12c5e75
+# %% ../nbs/02ec_inspector.ipynb #9d186f82
 def open_fields(
     values:dict, # fields that are determined
     known:dict, # symbol → size
@@ -334,7 +334,7 @@ def open_fields(
     kernel = values.get("kernel")
     foreign = {f for k, fs in KERNEL_FIELDS.items() if k != kernel for f in fs}
     for name in model:
-        if name in values or name in foreign or name in ("model_type", "tie_embeddings", "top_k_experts", "ssm_state_size", "ssm_groups", "moe_layers"): continue
+        if name in values or name in foreign or name in ("model_type", "tie_embeddings", "top_k_experts", "ssm_state_size", "ssm_groups", "moe_layers", "layer_sizes"): continue
         leave(name, 0 if name == "num_experts" else model[name].default, WHY.get(name, "no tensor tells"))
     if head == "absent": leave("tie_embeddings", True, "there is no head: it is the embedding, or was lost", lambda v: v is True, "there is no head of its own")
     elif head == "equal": leave("tie_embeddings", True, "the head is stored, and equal to the embedding")
@@ -385,13 +385,32 @@ def complete(
     idle = {"lm_head.weight"} | {n for n, s in shapes.items() if 0 in s}
     return missing + [Contradiction("names", f"{n} {shapes[n]} is one too many: no model with its other tensors has it", (n,)) for n in sorted(shapes.keys() - want - idle)]
 
-# %% ../nbs/02ec_inspector.ipynb #f809fbc7
+# %% ../nbs/02ec_inspector.ipynb #054cf7e9
+def infer_layers(
+    shapes:dict, # native name → shape
+    stored:dict, # a configuration with `layer_sizes`
+)->Inference:
+    "A model whose configuration names the widths of single layers, and every tensor that contradicts it."
+    fields, notes = check_stored(stored)
+    try: config = config_from_dict(fields)
+    except ConfigError as e: raise CheckpointError(f"the stored configuration is impossible: {e}") from None
+    if max(config.num_layers, getattr(config, "num_experts", 0)) > len(shapes): raise CheckpointError(f"the stored configuration says {config.num_layers} layers, the file has {len(shapes)} tensors")
+    with torch.device("meta"): want = {n: tuple(p.shape) for n, p in build_model(config).named_parameters()}
+    idle = {"lm_head.weight"} if config.tie_embeddings else set()
+    wrong = [n for n in sorted(want.keys() | shapes.keys() - idle) if want.get(n) != shapes.get(n)]
+    wrong = [Contradiction("layer_sizes", f"{n} is {shapes.get(n, 'missing')}, the stored configuration says {want.get(n, 'there is none')}", (n,)) for n in wrong]
+    told = {"moe_layers": config.mixture_layers} if config.model_type == "itera_lite" else {}
+    rest = {f: Open(v, "stored configuration", "held against every tensor") for f, v in config.model_dump(mode="json").items() if f not in told and f != "model_type"}
+    return Inference(config.model_type, told, {}, rest, wrong, notes + ["layers have widths of their own: the stored configuration was held against every tensor"])
+
+# %% ../nbs/02ec_inspector.ipynb #a4072693
 def infer(
     tensors:dict, # native name → tensor (its shape suffices)
     stored:dict|None=None, # a configuration found in the file; compared, and asked for what shapes leave open
 )->Inference:
     "The configuration that the tensors tell, with witnesses. Raises `CheckpointError` for tensors of no model and unknown stored fields."
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    if stored and stored.get("layer_sizes"): return infer_layers(shapes, stored)
     names = read_names(shapes)
     read_second_halves(names, shapes)
     block = names.values["kernel"]
@@ -544,14 +563,14 @@ def read_source(
     return as_source(container, sum(f.stat().st_size for f in files), tensors, stored, extra, notes, precision,
                      tokenizer=path.is_dir() and (path/"tokenizer.json").exists(), folder=path if ours else None)
 
-# %% ../nbs/02ec_inspector.ipynb #ea1eeb58
+# %% ../nbs/02ec_inspector.ipynb #f181fdfa
 RUN_LIMIT = 20_000_000 # parameters; larger models are tried in small only
 
 def shrunk(
     config:Config,
 )->Config:
     "The same model with small widths: as many layers and experts, every expert chosen."
-    small = dict(vocab_size=4, hidden_size=8, max_seq_length=2, dropout=0.0)
+    small = dict(vocab_size=4, hidden_size=8, max_seq_length=2, dropout=0.0, layer_sizes=None)
     if config.model_type == "transformer": return config.model_copy(update=small | dict(num_heads=2, ffn_size=4))
     small |= dict(ssm_expand_factor=2, ssm_state_size=2, ssm_conv_kernel=2, expert_size=2, top_k_experts=config.num_experts)
     if config.kernel == "mamba": small |= dict(ssm_dt_rank=1)

@@ -168,7 +168,7 @@ def config_from_hf(
     notes = [f"fields without a meaning here dropped: {', '.join(dropped)}"] * bool(dropped) + [f"fields missing, taken as Hugging Face's defaults: {', '.join(missing)}"] * bool(missing)
     return fields, notes
 
-# %% ../nbs/02ea_layouts.ipynb #1723d8f7
+# %% ../nbs/02ea_layouts.ipynb #27b6a7f7
 def config_to_hf(
     config,  # IteraLiteConfig of kernel mamba or mamba2
 ) -> dict:   # config.json for Hugging Face
@@ -178,6 +178,7 @@ def config_to_hf(
     elif c.feed_forward: wrong = "feed-forward layers"
     elif c.norm != "rmsnorm": wrong = f"norm {c.norm}"
     elif c.positions != "none": wrong = "position embeddings"
+    elif c.layer_sizes: wrong = "layers of unequal width, or of another inner width than a multiple of the residual one"
     if wrong: raise CheckpointError(f"Hugging Face has no Mamba with {wrong}: models that can go there have kernel mamba or mamba2, norm rmsnorm, positions none, feed_forward false")
     values = {"model_type": c.kernel, "architectures": [{"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[c.kernel]], "hidden_act": "silu"}
     values |= {old: getattr(c, new) for old, new in HF_FIELDS.items()}
