@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Lesson', 'layer_outputs', 'layer_pairs', 'relative_error', 'match_hidden', 'most_likely', 'by_class', 'fingerprint',
-           'Notes', 'noted_divergence', 'teach_by_notes', 'spelled', 'first_piece', 'common_classes', 'respelled',
+           'Notes', 'noted_losses', 'teach_by_notes', 'spelled', 'first_piece', 'common_classes', 'respelled',
            'meetings', 'take_notes', 'instruct', 'dismiss', 'distill', 'training_flops', 'lesson_flops', 'Teaching',
            'taught_trial', 'distillation_figure', 'against_alone', 'distillation_verdict']
 
@@ -180,21 +180,30 @@ class Notes:
         if (ids[places[:, None] + torch.arange(length)] != windows).any(): raise DataError("a window of the training text is not in the text that the teacher read: make notes of the text that is trained on")
         return places
 
-# %% ../nbs/08b_distillation.ipynb #4416daf5
-def noted_divergence(
+# %% ../nbs/08b_distillation.ipynb #3be7cbfc
+def noted_losses(
     logits:Tensor, # (N,V) of the student
+    targets:Tensor, # (N) its next tokens
     kept:Tensor, # (N,k) classes that the teacher finds most likely
     shares:Tensor, # (N,k) their probabilities
-    temperature:float=1.0,
+    temperature:float=1.0, # of both distributions over groups
     classes:tuple|None=None, # class of each of the student's tokens, number of classes
-)->Tensor: # mean nats
-    "KL(teacher ‖ student) between the noted classes and the rest."
-    p = (logits/temperature).log_softmax(-1)
-    if classes: p = by_class(p.exp(), classes).clamp(min=torch.finfo(p.dtype).tiny).log()
-    p, q = p.gather(1, kept), shares.to(p.dtype)
-    rest_p, rest_q = (1 - p.exp().sum(1)).clamp(min=1e-7), (1 - q.sum(1)).clamp(min=0)
-    return (torch.xlogy(q, q) - q*p).sum(1).mean() + (torch.xlogy(rest_q, rest_q) - rest_q*rest_p.log()).mean()
+)->tuple[Tensor, Tensor, Tensor]: # KL(teacher ‖ student) between groups, cost of the token within its group, cross-entropy; mean nats
+    "What a student pays for the teacher's groups, and for the text."
+    def groups(log_p): # log-probabilities of the kept classes (N,k), and of the rest (N)
+        if classes: log_p = by_class(log_p.exp(), classes).clamp(min=torch.finfo(log_p.dtype).tiny).log()
+        log_p = log_p.gather(1, kept)
+        return log_p, (1 - log_p.exp().sum(1)).clamp(min=1e-7).log()
+    log_p, q = logits.log_softmax(-1), shares.to(logits.dtype)
+    own, (noted, rest) = log_p.gather(1, targets[:, None])[:, 0], groups(log_p)
+    is_target = kept == (targets if classes is None else classes[0].to(targets.device)[targets])[:, None]
+    group = torch.where(is_target.any(1), (noted*is_target).sum(1), rest)
+    if temperature != 1: noted, rest = groups((logits/temperature).log_softmax(-1))
+    q_rest = (1 - q.sum(1)).clamp(min=0)
+    kl = (torch.xlogy(q, q) - q*noted).sum(1) + torch.xlogy(q_rest, q_rest) - q_rest*rest
+    return kl.mean(), (group - own).mean(), -own.mean()
 
+# %% ../nbs/08b_distillation.ipynb #870efd72
 def teach_by_notes(
     student:CausalLM, # changed in place
     notes:Notes, # of the text that it will be trained on
@@ -211,9 +220,8 @@ def teach_by_notes(
         if share < 1: rest = linear_cross_entropy(hidden[~met], self.head, targets[~met])
         with torch.autocast(device.type, enabled=False):
             logits = at_least_float32(hidden[met]) @ at_least_float32(self.head).T
-            kl = noted_divergence(logits, notes.kept[some].long().to(device), notes.shares[some].to(device), notes.temperature, notes.mine)
-            ce = nn.functional.cross_entropy(logits, targets[met])
-        told = weight*notes.temperature**2*kl + (1 - weight)*ce
+            kl, inside, ce = noted_losses(logits, targets[met], notes.kept[some].long().to(device), notes.shares[some].to(device), notes.temperature, notes.mine)
+        told = weight*(notes.temperature**2*kl + inside) + (1 - weight)*ce
         return Loss(share*told + (1 - share)*rest + self.balance_weight*balance, (share*ce + (1 - share)*rest).detach(), torch.as_tensor(balance))
 
     student.loss, student.loss_facts = types.MethodType(loss, student), notes.facts | dict(student=weights_fingerprint(student), weight=weight)
