@@ -126,7 +126,7 @@ def build_imported(
     for name, t in imported.tensors.items():
         precision = by_dtype[t.dtype]
         if precision == "fp32": dict(model.named_parameters())[name].data = t.clone()
-        else: pack_tensor(model, name, Packed(precision, t.clone(), None))
+        else: pack_tensor(model, name, Packed(precision, tuple(t.shape), {"": t.clone()}))
     return model
 
 def load_pretrained(

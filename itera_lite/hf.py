@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .checkpoint import card_text, load_model, load_tokenizer
 from .core import CheckpointError, ConfigError, IteraLiteError, unknown
 from .data import EOS, UNK
-from .formats import FORMATS, SCALE_DTYPE, Packed, PackedModule, PrecisionMap, compact_map, coverage, pack_parameter, pack_tensor, scale_shape, tensor_precisions, tensor_shapes
+from .formats import Packed, PackedModule, PrecisionMap, compact_map, coverage, layout, pack_parameter, pack_tensor, tensor_precisions, tensor_shapes
 from .model import CONFIG_TYPES, CausalLM, KVCache, State, build_model, config_from_dict
 from .moe import MoE
 
@@ -139,8 +139,7 @@ def empty_packed(
     for name, rule in cover.rules.items():
         p, shape = PrecisionMap(precision)[rule], cover.shapes[name]
         if p == "fp32": continue
-        scale = scale_shape(shape, p)
-        packed[name] = Packed(p, torch.empty(shape, dtype=FORMATS[p].dtype, device=device), None if scale is None else torch.empty(scale, dtype=SCALE_DTYPE, device=device))
+        packed[name] = Packed(p, shape, {ending: torch.empty(s, dtype=dtype, device=device) for ending, (dtype, s) in layout(shape, p).items()})
     return packed
 
 # %% ../nbs/02f_hf.ipynb #270a4d04

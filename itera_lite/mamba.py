@@ -141,13 +141,16 @@ def mamba_step(
     state = torch.addcmul(decay * state, B[..., None], (dt * x)[:, None])
     return torch.addcmul((C[:, None] @ state)[:, 0], D, x), state
 
-# %% ../nbs/02aa_mamba.ipynb #2867b4a2
+# %% ../nbs/02aa_mamba.ipynb #c012b171
 class MambaKernel(Kernel):
     "Mamba's kernel: N states per channel; step size, B and C chosen by the input."
     FIELDS = ("ssm_dt_rank",)
 
     @staticmethod
     def rank(c) -> int: return c.ssm_dt_rank or math.ceil(c.hidden_size / 16)
+
+    @classmethod
+    def layer_sizes(cls, c) -> dict[str, int]: return super().layer_sizes(c) | {"ssm_dt_rank": cls.rank(c)}
 
     @classmethod
     def add_parameters(cls, block: nn.Module, c):

@@ -92,7 +92,7 @@ def mamba2_step(
     state = torch.addcmul(decay * state, B[..., None], (dt[..., None] * x)[:, :, None])
     return torch.addcmul((C[:, :, None] @ state)[:, :, 0], D[:, None], x), state
 
-# %% ../nbs/02ab_mamba2.ipynb #39b038ee
+# %% ../nbs/02ab_mamba2.ipynb #d4303003
 class Mamba2Kernel(Kernel):
     "Mamba-2's kernel: an N × P state per head, one decay per head and position."
     FIELDS = ("ssm_head_size", "ssm_groups", "ssm_dt_limit")
@@ -122,7 +122,8 @@ class Mamba2Kernel(Kernel):
         block.A_log = nn.Parameter(torch.empty(s.heads).uniform_(1, 16).log())
         block.D = nn.Parameter(torch.ones(s.heads))
         block.dt_bias = nn.Parameter(inverse_softplus(initial_steps(s.heads)))
-        block.gate_norm = nn.RMSNorm(c.d_inner, eps=c.layer_norm_eps)
+        lost = c.ssm_expand_factor * c.hidden_size / c.d_inner   # above 1 where heads were removed: zeros that the mean of squares no longer counts
+        block.gate_norm = nn.RMSNorm(c.d_inner, eps=c.layer_norm_eps * lost)
         block.shape = SimpleNamespace(**vars(s), inner=c.d_inner, state=c.ssm_state_size, dt_limit=c.ssm_dt_limit)
 
     @staticmethod

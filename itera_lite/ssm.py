@@ -111,7 +111,7 @@ def at_least_float32(t: Tensor) -> Tensor:
     "Half formats go up to float32: in a recurrence rounding errors add up over positions."
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
-# %% ../nbs/02a_ssm.ipynb #33aef761
+# %% ../nbs/02a_ssm.ipynb #b751a3dc
 class Kernel:
     "What kernels have in common; each replaces what it does differently."
     FIELDS = ()  # fields of a configuration that mean something to this kernel alone
@@ -119,6 +119,11 @@ class Kernel:
     @staticmethod
     def check(c):
         "Raise ValueError, in one line, for fields of `c` that contradict each other."
+
+    @staticmethod
+    def layer_sizes(c) -> dict[str, int]:
+        "Widths that a layer may have of its own, at most as many as `c` says: what pruning leaves need not be even."
+        return {"d_inner": c.d_inner, "ssm_state_size": c.ssm_state_size}
 
     @staticmethod
     def widths(c) -> SimpleNamespace:
@@ -141,9 +146,12 @@ def initial_steps(n: int) -> Tensor:
     "n step sizes, log-uniform between 0.001 and 0.1, as Mamba starts (§3.6)."
     return torch.exp(torch.rand(n) * math.log(100) + math.log(1e-3))
 
-# %% ../nbs/02a_ssm.ipynb #d2ce055f
+# %% ../nbs/02a_ssm.ipynb #e08cabdd
 class S4Kernel(Kernel):
-    "The published kernel: one state vector shared by all channels, one step size per position."
+    "The published kernel: one state vector shared by all channels, one step size per position, the mean over dt_proj's rows."
+    @classmethod
+    def layer_sizes(cls, c) -> dict[str, int]: return super().layer_sizes(c) | {"ssm_dt_rows": c.ssm_dt_rows}
+
     @staticmethod
     def add_parameters(block: nn.Module, c):
         "A = −1 … −N; Δ as `initial_steps` for an input of zero."
@@ -152,8 +160,8 @@ class S4Kernel(Kernel):
         block.B = nn.Parameter(torch.randn(n, i) / math.sqrt(i))
         block.C = nn.Parameter(torch.randn(i, n) / math.sqrt(n))
         block.D = nn.Parameter(torch.ones(i))
-        block.dt_proj = nn.Linear(i, i)
-        with torch.no_grad(): block.dt_proj.bias.copy_(inverse_softplus(initial_steps(i)))
+        block.dt_proj = nn.Linear(i, c.ssm_dt_rows)
+        with torch.no_grad(): block.dt_proj.bias.copy_(inverse_softplus(initial_steps(c.ssm_dt_rows)))
 
     @staticmethod
     def init_state(block, batch: int, device) -> Tensor:
