@@ -203,7 +203,7 @@ def noted_losses(
     kl = (torch.xlogy(q, q) - q*noted).sum(1) + torch.xlogy(q_rest, q_rest) - q_rest*rest
     return kl.mean(), (group - own).mean(), -own.mean()
 
-# %% ../nbs/08b_distillation.ipynb #870efd72
+# %% ../nbs/08b_distillation.ipynb #2bf34883
 def teach_by_notes(
     student:CausalLM, # changed in place
     notes:Notes, # of the text that it will be trained on
@@ -214,8 +214,9 @@ def teach_by_notes(
         if not self.training: return type(self).loss(self, inputs, targets)
         device, length = inputs.device, inputs.shape[1]
         where = notes.where[notes.find(inputs.cpu())[:, None] + torch.arange(length)].to(device)
-        hidden, balance, _ = self.hidden(inputs)
         met, some = where >= 0, where[where >= 0].cpu()
+        if not len(some): return type(self).loss(self, inputs, targets)
+        hidden, balance, _ = self.hidden(inputs)
         share, rest = len(some)/targets.numel(), hidden.sum()*0
         if share < 1: rest = linear_cross_entropy(hidden[~met], self.head, targets[~met])
         with torch.autocast(device.type, enabled=False):
