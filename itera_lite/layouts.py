@@ -176,6 +176,7 @@ def config_to_hf(
     c, wrong = config, None
     if c.kernel not in HF_OWN: wrong = f"kernel {c.kernel}"
     elif c.feed_forward: wrong = "feed-forward layers"
+    elif c.ssm_rotation: wrong = f"ssm_rotation {c.ssm_rotation}"
     elif c.norm != "rmsnorm": wrong = f"norm {c.norm}"
     elif c.positions != "none": wrong = "position embeddings"
     elif c.layer_sizes: wrong = "layers of unequal width, or of another inner width than a multiple of the residual one"

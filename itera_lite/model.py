@@ -39,8 +39,8 @@ class Config(BaseModel):
 
     @model_serializer(mode="wrap")
     def _brief(self, handler):
-        "What is written is what was written before a layer could have sizes of its own, unless one has."
-        return {name: value for name, value in handler(self).items() if name != "layer_sizes" or value}
+        "What is written is what was written before these fields were there, unless they are used."
+        return {name: value for name, value in handler(self).items() if name not in ("layer_sizes", "ssm_rotation") or value}
 
     def layer(self, i: int) -> "LayerConfig":
         "The configuration that layer `i` is built from."
@@ -71,6 +71,7 @@ class IteraLiteConfig(Config):
     ssm_head_size: int | None = Field(None, ge=1)   # mamba2; None: 64
     ssm_groups: int | None = Field(None, ge=1)      # mamba2; None: 1
     ssm_dt_limit: tuple[float, float] | None = None # mamba2: least and largest step size
+    ssm_rotation: Literal["hadamard"] | None = None # of what out_proj reads
     conv_bias: bool = True
     proj_bias: bool = False                         # of in_proj and out_proj
     feed_forward: bool = True                       # False: a layer is its SSM block alone, as in Mamba

@@ -96,6 +96,8 @@ def dispatch_single(x: Tensor, weights: Tensor, chosen: Tensor, experts: list[Ex
 # %% ../nbs/02b_moe.ipynb #473ab623
 class MoE(nn.Module):
     "Norm, router, top-k experts, residual. With `num_experts` 0 it adds nothing: a published file lost its experts and kept this norm."
+    apart = False   # True: each expert is always called as a module, with its own tokens, so that its inputs can be watched or rounded
+
     def __init__(self, c):  # c: an IteraLiteConfig
         super().__init__()
         self.norm, self.dropout = make_norm(c), nn.Dropout(c.dropout)
@@ -108,7 +110,8 @@ class MoE(nn.Module):
 
     def dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         "The path that is cheapest here: all experts at once pays up to twice the chosen work."
-        if len(x) == 1 and not torch.compiler.is_compiling(): path = dispatch_single   # it reads numbers, a compiler cannot
+        if self.apart: path = dispatch_grouped
+        elif len(x) == 1 and not torch.compiler.is_compiling(): path = dispatch_single   # it reads numbers, a compiler cannot
         else: path = dispatch_dense if self.num_experts <= 2 * self.router.top_k else dispatch_grouped
         return path(x, weights, chosen, self.experts)
 

@@ -19,7 +19,7 @@ from .coding import entropy
 from .data import TokenStream
 from .formats import (CALIBRATIONS, Packed, PackedModule, PrecisionMap, coverage, encode, get_format, group_count, pack, pack_tensor,
                                 require_coverage, tensor_shapes, to_groups, to_index, to_scale, to_values, compress_model)
-from .moe import MoE, dispatch_grouped
+from .moe import MoE
 
 # %% ../nbs/05_quantization.ipynb #f852bed7
 VECTORS = {pattern: "fp16" for pattern in ("*norm*", "*bias", "*.A_log", "*.D")}
@@ -46,11 +46,11 @@ def draw_windows(
 @contextmanager
 def experts_apart(model:nn.Module):
     "Within, each expert is called with its own tokens, so that its inputs can be watched."
-    mixtures = [m for m in model.modules() if isinstance(m, MoE)]
-    for m in mixtures: m.dispatch = lambda x, weights, chosen, m=m: dispatch_grouped(x, weights, chosen, m.experts)
+    before = {m: m.apart for m in model.modules() if isinstance(m, MoE)}
+    for m in before: m.apart = True
     try: yield
     finally:
-        for m in mixtures: del m.dispatch
+        for m, apart in before.items(): m.apart = apart
 
 def _watched(model, names)->dict: # weight name → (module, whether its output counts instead of its input)
     head = "embedding.weight" if model.config.tie_embeddings else "lm_head.weight"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCANS', 'TOLERANCE', 'KERNELS', 's4_reference', 'linear_scan', 's4_scan', 's4_step', 'relative_error', 'causal_conv',
-           'at_least_float32', 'Kernel', 'inverse_softplus', 'initial_steps', 'S4Kernel', 'make_norm', 'SSMBlock']
+           'at_least_float32', 'Kernel', 'inverse_softplus', 'initial_steps', 'S4Kernel', 'hadamard_matrix', 'hadamard',
+           'make_norm', 'SSMBlock']
 
 # %% ../nbs/02a_ssm.ipynb #44ac5d43
 import math
@@ -188,6 +189,18 @@ class S4Kernel(Kernel):
 # %% ../nbs/02a_ssm.ipynb #ccf03515
 KERNELS: dict[str, type[Kernel]] = {"s4": S4Kernel}
 
+# %% ../nbs/02a_ssm.ipynb #de9b7a61
+def hadamard_matrix(n: int) -> Tensor:  # (n,n), n a power of two
+    "Sylvester's Hadamard matrix, scaled to be orthogonal; it is symmetric."
+    h = torch.ones(1, 1)
+    while len(h) < n: h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / math.sqrt(n)
+
+def hadamard(x: Tensor) -> Tensor:
+    "Rotate the last dimension, in blocks of the largest power of two that divides it; its own inverse."
+    n = x.shape[-1] & -x.shape[-1]
+    return (x.unflatten(-1, (-1, n)) @ hadamard_matrix(n).to(x)).flatten(-2)
+
 # %% ../nbs/02a_ssm.ipynb #2dd610e3
 def make_norm(c) -> nn.Module:
     "The norm that configuration `c` names: LayerNorm (weight, bias) or RMSNorm (weight; Zhang & Sennrich 2019)."
@@ -204,11 +217,16 @@ class SSMBlock(nn.Module):
         self.kernel.add_parameters(self, c)
         self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=c.proj_bias)
         self.dropout = nn.Dropout(c.dropout)
+        self.rotation = getattr(c, "ssm_rotation", None)
 
     def init_state(self, batch: int, device=None) -> tuple[Tensor, Tensor]:
         "State before the first position: the convolution's last inputs (B,K-1,channels) and the kernel's own."
         w, d = self.conv1d.weight, device or self.conv1d.weight.device
         return (torch.zeros(batch, w.shape[-1] - 1, w.shape[0], device=d), self.kernel.init_state(self, batch, d))
+
+    def turned(self, y: Tensor) -> Tensor:
+        "What out_proj reads: the gated output, rotated if the configuration says so."
+        return hadamard(y) if self.rotation == "hadamard" else y
 
 # %% ../nbs/02a_ssm.ipynb #0c9c8513
 def _block_forward(self, u: Tensor, state=None) -> tuple[Tensor, tuple]:
@@ -217,7 +235,7 @@ def _block_forward(self, u: Tensor, state=None) -> tuple[Tensor, tuple]:
     x, gate, rest = self.kernel.split(self, self.in_proj(self.norm(u)))
     x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state.to(x.dtype))
     y, h = self.kernel.scan(self, F.silu(x), rest, h)
-    return u + self.dropout(self.out_proj(self.kernel.gated(self, y, gate))), (conv_state, h)
+    return u + self.dropout(self.out_proj(self.turned(self.kernel.gated(self, y, gate)))), (conv_state, h)
 
 SSMBlock.forward = _block_forward
 
@@ -230,6 +248,6 @@ def _block_step(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
     x = (window * self.conv1d.weight[:, 0].T).sum(1)
     if self.conv1d.bias is not None: x = x + self.conv1d.bias
     y, h = self.kernel.step(self, F.silu(x), rest, h)
-    return u + self.out_proj(self.kernel.gated(self, y, gate)), (window[:, 1:], h)
+    return u + self.out_proj(self.turned(self.kernel.gated(self, y, gate))), (window[:, 1:], h)
 
 SSMBlock.step = _block_step
