@@ -585,13 +585,14 @@ def sparse_bytes(
     "Size of the tensors if zeros were left out: a bit for each weight of a tensor, and the surviving values; dense where that is smaller. No folder is stored so."
     return sum(min(p.numel()*value_bytes, math.ceil(p.numel()/8) + int((p != 0).sum())*value_bytes) for p in model.parameters())
 
-# %% ../nbs/06_pruning.ipynb #8fbb8759
+# %% ../nbs/06_pruning.ipynb #90b07080
 @contextmanager
 def zeros_kept(
     model:nn.Module,
 ):
-    "Inside, a weight that is zero gets no gradient."
-    hooks = [p.register_hook(lambda g, alive=p.detach() != 0: g*alive) for p in model.parameters() if (p == 0).any() and p.dim() > 1]
+    "Inside, a single weight that is zero gets no gradient."
+    matrices = [m.weight for m in linear_weights(model).values()]
+    hooks = [w.register_hook(lambda g, alive=w.detach() != 0: g*alive) for w in matrices if (w == 0).any()]
     try: yield
     finally:
         for hook in hooks: hook.remove()
