@@ -12,7 +12,7 @@ from itera_lite.checkpoint import load_model, model_bytes, save_model
 from itera_lite.core import CheckpointError
 from itera_lite.formats import compress_model
 from itera_lite.model import build_model, config_from_dict
-from itera_lite.prune import GROUPS, find_sites, mask_model, make_plan, prune_model, prune_unstructured, slice_model, sparsity, why_not
+from itera_lite.prune import GROUPS, find_sites, make_plan, mask_model, prune_model, prune_unstructured, slice_model, sparsity, why_not
 
 SMALL = dict(vocab_size=60, hidden_size=32, num_layers=4, max_seq_length=48)
 SSM_ONLY = dict(norm="rmsnorm", feed_forward=False, tie_embeddings=False, positions="none")
@@ -81,7 +81,8 @@ def test_pruned_folder_runs_in_a_fresh_process(kind, tmp_path):
 
 def test_pruned_model_can_be_packed_and_pruned_again(tmp_path):
     model = model_of("s4")
-    small = prune_model(prune_model(model, {"d_inner": 0.25, "layers": 0.25}, importance="magnitude"), {"d_inner": 0.5, "experts": 0.25}, importance="magnitude")
+    once = prune_model(model, {"d_inner": 0.25, "layers": 0.25}, importance="magnitude")
+    small = prune_model(once, {"d_inner": 0.5, "experts": 0.25}, importance="magnitude")
     assert [small.config.layer(i).d_inner for i in range(3)] == [24] * 3 and small.config.num_experts == 3
     packed = compress_model(small, {"*": "int8"})
     ids = torch.arange(1, 21)[None]
