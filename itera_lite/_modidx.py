@@ -1246,4 +1246,6 @@ d = { 'settings': { 'branch': 'main',
                                        'itera_lite.vocabulary.vocabulary_figure': ( 'vocabulary.html#vocabulary_figure',
                                                                                     'itera_lite/vocabulary.py'),
                                        'itera_lite.vocabulary.vocabulary_verdict': ( 'vocabulary.html#vocabulary_verdict',
-                                                                                     'itera_lite/vocabulary.py')}}}
+                                                                                     'itera_lite/vocabulary.py')},
+            'itera_lite.w8a8': { 'itera_lite.w8a8.quantize_both': ('activations.html#quantize_both', 'itera_lite/w8a8.py'),
+                                 'itera_lite.w8a8.rotate_model': ('activations.html#rotate_model', 'itera_lite/w8a8.py')}}}

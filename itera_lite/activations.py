@@ -119,8 +119,9 @@ def round_activations(
     if getattr(model, "activations", None): raise ConfigError("the model rounds its activations already: start from the one it was made from")
     if not isinstance(activations, dict) or activations.keys() != {"bits", "scales"}: raise ConfigError("activations need bits and scales, as calibrate_activations gives them")
     bits, scales = activations["bits"], activations["scales"]
-    if not isinstance(bits, int) or not 2 <= bits <= 16: raise ConfigError(f"activation bits {bits}: allowed are 2 to 16")
-    wrong = [s for s, step in scales.items() if not (isinstance(step, (int, float)) and 0 < step < math.inf)]
+    if not isinstance(scales, dict): raise ConfigError(f"activation scales are of type {type(scales).__name__}: give site → step")
+    if type(bits) is not int or not 2 <= bits <= 16: raise ConfigError(f"activation bits {bits}: allowed are 2 to 16")
+    wrong = [s for s, step in scales.items() if not (type(step) in (int, float) and 0 < step < math.inf)]
     if wrong: raise ConfigError(f"activation step of {wrong[0]} is {scales[wrong[0]]}: allowed are numbers above 0")
     tap(model, {s: Rounding(step, bits) for s, step in scales.items()})
     model.activations = activations

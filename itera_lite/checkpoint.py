@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .activations import round_activations
 from .coding import decode_stream, encode_stream
 from .core import CheckpointError, ConfigError, Sha256, Strict, first_problem, sha256_file, sha256_text, unknown
 from .formats import (Packed, PackedModule, PrecisionMap, compact_map, coverage, get_format, layout, pack_tensor,
@@ -63,6 +64,7 @@ class FolderConfig(Strict):
     precision: dict[str, Annotated[str, AfterValidator(lambda p: get_format(p).name)]] # ordered map from name patterns
     weights: dict[Annotated[str, Field(pattern=WEIGHT_FILE)], Sha256] = Field(min_length=1) # file → hash
     coding: Literal["huffman"]|None = None # the weight file holds one coded stream, see 02da
+    activations: dict|None = None # grids that the model rounds its activations to as it runs, see 02db
     sha256: Sha256|None = None # of everything above; folders of the first days have none
 
     def parts(self)->dict: # JSON
@@ -234,7 +236,7 @@ def save_model(
             index = {"metadata": {"total_size": storage_bytes(model)}, "weight_map": {t: name for name, tensors in shards.items() for t in tensors}}
             (part/"model.safetensors.index.json").write_text(json.dumps(index, separators=(",", ":")) + "\n", encoding="utf-8")
         config = FolderConfig(format_version=FORMAT_VERSION, architecture=model.config.model_dump(mode="json"), precision=compact_map(tensor_precisions(model)),
-                              weights={name: sha256_file(part/name) for name in shards}, coding=coding)
+                              weights={name: sha256_file(part/name) for name in shards}, coding=coding, activations=getattr(model, "activations", None))
         (part/"config.json").write_text(config.text(), encoding="utf-8")
         if tokenizer is not None: (part/"tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         (part/"README.md").write_text(card_text(model, card), encoding="utf-8")
@@ -327,6 +329,9 @@ def load_model(
     for name, p in packed.items():
         if p.precision == "fp32": parameters[name].data = p.stored[""]
         else: pack_tensor(model, name, p)
+    if config.activations is not None:
+        try: round_activations(model, config.activations)
+        except ConfigError as e: raise CheckpointError(f"{Path(folder)/'config.json'}: {e}") from None
     model.card = read_card(folder)
     return model.eval().to(device)
 

@@ -361,6 +361,7 @@ def export(
 ) -> Path:
     "Write a Hugging Face folder from a model folder, dense or packed. Raises CheckpointError where `out` is not empty."
     model, tokenizer = from_folder(folder)
+    if getattr(model.lm, "activations", None): raise CheckpointError(f"{folder} rounds its activations, which a folder for transformers cannot say: export the one it was made from")
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise CheckpointError(f"{out} exists and is not empty: name a new folder")
     part = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp~")

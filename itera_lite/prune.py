@@ -231,6 +231,7 @@ def slice_model(
     "The model without the units that a plan does not keep."
     packed = next((n for n, m in model.named_modules() if isinstance(m, PackedModule)), None)
     if packed: raise ConfigError(f"{packed} is packed: prune the FP32 model first, then store it in fewer bits")
+    if getattr(model, "activations", None) or getattr(model.config, "ssm_rotation", None): raise ConfigError("the model is rotated or rounds its activations: prune first, then rotate and round")
     tensors = dict(model.named_parameters())
     for site, kept in plan:
         gain = math.sqrt(site.units/int(kept.sum()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .activations import round_activations
 from .coding import entropy
 from .core import ConfigError, seed_everything
 from .formats import coverage, encode, get_format, pack, pack_tensor, require_coverage, to_groups, to_index, to_values, unpack_model
@@ -148,6 +149,7 @@ def train_quantized(
     bits:float|None=None, # for each weight that gets a code, on disk; None: no limit but the format's
     seed:int=0,
     progress:bool=False,
+    activations:dict|None=None, # grids (02db) that the model rounds its activations to, in training and after
 )->tuple[CausalLM, TrainResult]: # packed; how training ended
     "From an FP32 model to a packed one, by training with the rounding inside; killed, it resumes."
     precisions = require_coverage(coverage(precision_map, model)).precisions
@@ -155,5 +157,9 @@ def train_quantized(
     scales = {n: start.get_submodule(n.rpartition(".")[0]).packed(n.rpartition(".")[2]).scale for n, p in precisions.items() if get_format(p).per}
     if not scales: raise ConfigError("no tensor of the precision map gets a code: there is nothing to train with rounding inside")
     student = taught_at_a_price(prepare(unpack_model(start), precisions, scales), model, bits)
+    if activations:
+        round_activations(student, activations)
+        student.loss_facts["activations"] = activations
     result = train(student, *streams, config, folder, seed, progress=progress)
-    return finish(student, precisions), result
+    packed = finish(student, precisions)
+    return round_activations(packed, activations) if activations else packed, result

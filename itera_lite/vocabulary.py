@@ -109,6 +109,7 @@ def remap_model(
     "A model that speaks another vocabulary, without training. Raises `ConfigError` for a tokenizer of another model, and for packed weights."
     if old.get_vocab_size() != model.config.vocab_size: raise ConfigError(f"the tokenizer has {old.get_vocab_size()} tokens, the model {model.config.vocab_size}: it is another model's")
     if any(isinstance(m, PackedModule) for m in model.modules()): raise ConfigError("the model's weights are packed: remap the model before it is quantised")
+    if getattr(model, "activations", None): raise ConfigError("the model rounds its activations: remap first, then round")
     with torch.random.fork_rng(devices=[]): cut = build_model(model.config.model_copy(update=dict(vocab_size=new.get_vocab_size())))
     rows = old_pieces(old, new)
     def remapped(weight): return torch.stack([weight[ids].mean(0) for ids in rows])
