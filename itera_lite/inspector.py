@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['OUTER', 'FEED_FORWARD', 'MIXTURE', 'BLOCKS', 'MARKS', 'SYMBOLS', 'PLACES', 'FOREIGN_FIELDS', 'WHY', 'KERNEL_FIELDS',
-           'DTYPE_NAMES', 'OURS_AT_HF', 'RUN_LIMIT', 'WORDS', 'STORED_AS', 'PUBLISHED_MAP', 'layer_name', 'dimensions',
-           'Witness', 'Contradiction', 'Equation', 'vote', 'equations', 'solve', 'Names', 'read_names',
-           'read_second_halves', 'expected_names', 'Open', 'Inference', 'meaning', 'check_stored', 'shape_fields',
-           'open_fields', 'few', 'head_kind', 'complete', 'infer_layers', 'infer', 'dtype_name', 'Source',
-           'split_scales', 'native_names', 'read_json', 'weight_paths', 'stored_config', 'as_source', 'read_source',
-           'shrunk', 'fill', 'build', 'read_token', 'first_seam', 'Claim', 'said', 'map_claims', 'claims', 'Technique',
-           'published_coverage', 'techniques', 'component', 'Report', 'try_run', 'accounts', 'listed_fields', 'examine',
-           'inspect', 'table', 'report_text', 'bytes_figure']
+           'DTYPE_NAMES', 'OURS_AT_HF', 'RUN_LIMIT', 'WORDS', 'PUBLISHED_MAP', 'layer_name', 'dimensions', 'Witness',
+           'Contradiction', 'Equation', 'vote', 'equations', 'solve', 'Names', 'read_names', 'read_second_halves',
+           'expected_names', 'Open', 'Inference', 'meaning', 'check_stored', 'shape_fields', 'open_fields', 'few',
+           'head_kind', 'complete', 'infer_layers', 'infer', 'stored_as', 'dtype_name', 'Source', 'split_scales',
+           'native_names', 'read_json', 'weight_paths', 'stored_config', 'as_source', 'narrow_tensors', 'in_bytes',
+           'read_source', 'shrunk', 'fill', 'build', 'read_token', 'first_seam', 'Claim', 'said', 'map_claims',
+           'claims', 'Technique', 'published_coverage', 'techniques', 'component', 'Report', 'try_run', 'accounts',
+           'listed_fields', 'examine', 'inspect', 'table', 'report_text', 'bytes_figure']
 
 # %% ../nbs/02ec_inspector.ipynb #063656b1
 import json, math, re
@@ -23,9 +23,9 @@ from typing import Any
 import plotly.graph_objects as go, torch
 from torch import Tensor, nn
 
-from .checkpoint import load_model, read_card, read_config, read_weights
+from .checkpoint import FolderConfig, load_model, read_card, read_config, read_packed, read_weights
 from .core import CheckpointError, ConfigError, IteraLiteError, to_json, unknown
-from .formats import PrecisionMap, affordable, coverage
+from .formats import PrecisionMap, affordable, coverage, get_format
 from .layouts import HF_OWN, WRAPPERS, config_from_hf, to_native
 from .model import CONFIG_TYPES, Config, build_model, config_from_dict
 from .untrusted import read_foreign
@@ -441,6 +441,10 @@ def infer(
 
 # %% ../nbs/02ec_inspector.ipynb #70c1405e
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+def stored_as(precision:str)->str:
+    "What the numbers of a precision are, whatever shares a scale."
+    return "int8" if get_format(precision).dtype == torch.int8 else precision
+
 def dtype_name(tensor:Tensor)->str: return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 @dataclass
@@ -458,6 +462,10 @@ class Source:
     notes: list
     tokenizer: bool = False
     folder: Path|None = None # of ours, which `load_model` reads
+    packed: dict = field(default_factory=dict) # native name → `Packed`, where codes are narrower than a byte or coded
+
+    def kind(self, name)->str: return stored_as(self.packed[name].precision) if name in self.packed else dtype_name(self.tensors[name])
+    def nbytes_of(self, name)->int: return self.packed[name].stored[""].nbytes if name in self.packed else self.tensors[name].nbytes
 
 def split_scales(
     tensors:dict, # name in the file → tensor
@@ -538,18 +546,43 @@ def as_source(
     back, bare = {stored: n for n, stored in names.items()}, lambda n: re.sub(WRAPPERS, "", n)
     return Source(container, nbytes, native, {back[bare(n)]: s for n, s in scales.items() if bare(n) in back}, names, layout, stored, extra or {}, declared, [*notes, *said], **more)
 
+def narrow_tensors(
+    folder:Path, # of ours
+    own:FolderConfig,
+)->dict: # native name → `Packed`; empty where each number in the files is a number of a tensor
+    "The tensors of a folder whose codes share bytes, or are one coded stream."
+    if not own.coding and all(get_format(p).dtype != torch.uint8 for p in own.precision.values()): return {}
+    try: cover = coverage(PrecisionMap(own.precision), build_model(config_from_dict(own.architecture)))
+    except ConfigError as e: raise CheckpointError(f"{folder/'config.json'}: {e}") from None
+    if cover.unmatched: raise CheckpointError(f"{folder/'config.json'}: no precision for tensor '{cover.unmatched[0]}'")
+    return read_packed(folder, own, cover.shapes, {n: own.precision[rule] for n, rule in cover.rules.items()})
+
+def in_bytes(
+    packed:dict, # native name → `Packed`
+)->dict: # name → codes, one to a byte, of the tensor's shape and 0 for 0; scales beside them
+    "Narrow tensors as `int8` ones are stored."
+    tensors = {}
+    for name, p in packed.items():
+        f = get_format(p.precision)
+        zero = f.grid.index(0) if f.grid else int(f.levels)
+        tensors[name] = p.stored[""] if f.per is None else (p.index - zero).to(torch.int8).reshape(p.shape)
+        if f.per: tensors[f"{name}_scale"] = torch.cat([t.flatten().view(torch.uint8) for ending, t in p.stored.items() if ending]) if f.scale == "double" else p.stored["_scale"]
+    return tensors
+
 def read_source(
     path, # a file, one of our folders, or a folder of Hugging Face's
 )->Source:
     "Read a checkpoint of any kind. Raises `CheckpointError`, in one line."
-    path, stored, extra, notes, precision = Path(path), None, {}, [], None
+    path, stored, extra, notes, precision, packed = Path(path), None, {}, [], None, {}
     if not path.exists(): raise CheckpointError(f"{path} does not exist: name a checkpoint file or a model folder")
     config = read_json(path/"config.json") if path.is_dir() and (path/"config.json").exists() else {}
     ours = bool({"format_version", "architecture"} & config.keys())
     if ours:
         own = read_config(path)
-        tensors, files, precision = read_weights(path, own), [path/n for n in own.weights], own.precision
-        container, stored, extra = f"model folder (safetensors, {len(files)} file{'s'*(len(files) > 1)})", own.architecture, read_card(path)
+        packed, files, precision = narrow_tensors(path, own), [path/n for n in own.weights], own.precision
+        tensors = in_bytes(packed) if packed else read_weights(path, own)
+        container, stored, extra = f"model folder (safetensors, {len(files)} file{'s'*(len(files) > 1)}{', one coded stream'*bool(own.coding)})", own.architecture, read_card(path)
+        notes = ["activations are rounded as the model runs"]*(own.activations is not None)
     else:
         files = weight_paths(path) if path.is_dir() else [path]
         if config: stored, extra, notes = stored_config(config)
@@ -561,7 +594,7 @@ def read_source(
             if foreign.config is not None: stored = foreign.config
         container = f"Hugging Face folder ({foreign.format}, {len(files)} file{'s'*(len(files) > 1)})" if path.is_dir() else foreign.format
     return as_source(container, sum(f.stat().st_size for f in files), tensors, stored, extra, notes, precision,
-                     tokenizer=path.is_dir() and (path/"tokenizer.json").exists(), folder=path if ours else None)
+                     tokenizer=path.is_dir() and (path/"tokenizer.json").exists(), folder=path if ours else None, packed=packed)
 
 # %% ../nbs/02ec_inspector.ipynb #f181fdfa
 RUN_LIMIT = 20_000_000 # parameters; larger models are tried in small only
@@ -635,7 +668,6 @@ class Claim:
     holds: bool|None # None: cannot be told from this file
 
 WORDS = {"int8": "int8", "fp16": "fp16", "float16": "fp16", "half": "fp16", "bf16": "bf16", "bfloat16": "bf16", "int4": "int4", "nf4": "nf4", "fp32": "fp32", "float32": "fp32"} # spelling → dtype or format
-STORED_AS = {"int8-tensor": "int8"} # precision → what its numbers are
 
 def said(
     extra, # what the file says: dicts and plain values
@@ -660,7 +692,7 @@ def map_claims(
     out = []
     for precision in dict.fromkeys(PrecisionMap(rules).values()):
         names = [n for n, p in decided.items() if p == precision]
-        right = [n for n in names if weights[n][0] == STORED_AS.get(precision, precision)]
+        right = [n for n in names if weights[n][0] == stored_as(precision)]
         count = lambda ns: f"{len(ns)} tensors ({sum(weights[n][1] for n in ns):,} parameters)"
         other = next((n for n in names if n not in right), None)
         out.append(Claim(f"{where} makes {count(names)} {precision.upper()}", f"{count(right)} of those are" + (f"; {other} is {weights[other][0].upper()}" if other else ""), right == names))
@@ -804,20 +836,20 @@ def try_run(
     return small is None, small, tried
 
 def accounts(
-    weights:dict, # native name → tensor, as stored
-    scales:dict, # native name → tensors that belong to it
+    source:Source,
+    names, # native, of the tensors that count
 )->tuple: # components, dtypes
     "Parameters and bytes by part of the model and by type."
     components, dtypes = {}, {}
-    def add(part, kind, tensor, parameters):
+    def add(part, kind, nbytes, parameters):
         c = components.setdefault(part, {"parameters": 0, "bytes": {}})
         c["parameters"] += parameters
-        c["bytes"][kind] = c["bytes"].get(kind, 0) + tensor.nbytes
+        c["bytes"][kind] = c["bytes"].get(kind, 0) + nbytes
         d = dtypes.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
-        for key, n in (("tensors", 1), ("parameters", parameters), ("bytes", tensor.nbytes)): d[key] += n
-    for name, t in weights.items():
-        if t.numel(): add(component(name), dtype_name(t), t, t.numel())
-        for s in scales.get(name, ()): add(component(name), "scales", s, 0)
+        for key, n in (("tensors", 1), ("parameters", parameters), ("bytes", nbytes)): d[key] += n
+    for name in names:
+        if source.tensors[name].numel(): add(component(name), source.kind(name), source.nbytes_of(name), source.tensors[name].numel())
+        for s in source.scales.get(name, ()): add(component(name), "scales", s.nbytes, 0)
     return components, dtypes
 
 # %% ../nbs/02ec_inspector.ipynb #afdec97a
@@ -840,12 +872,12 @@ def examine(
         if all(c.stored for c in found.contradictions): wrong.append(str(e))
     equal = head_kind(source.tensors) == "equal"
     weights = {n: t for n, t in source.tensors.items() if not (equal and n == "lm_head.weight")}
-    components, dtypes = accounts(weights, source.scales)
+    components, dtypes = accounts(source, weights)
     total, stored_bytes = sum(d["parameters"] for d in dtypes.values()), sum(d["bytes"] for d in dtypes.values())
-    told = claims(source.extra, Path(path).name, {source.names[n]: (dtype_name(t), t.numel()) for n, t in weights.items() if t.numel()}, (4*total/max(stored_bytes, 1), 4*total/source.nbytes))
+    told = claims(source.extra, Path(path).name, {source.names[n]: (source.kind(n), t.numel()) for n, t in weights.items() if t.numel()}, (4*total/max(stored_bytes, 1), 4*total/source.nbytes))
     if source.declared:
-        other = [(n, p) for n, p in source.declared.items() if n in weights and dtype_name(weights[n]) != STORED_AS.get(p, p)]
-        told += [Claim(f"config.json makes {n} {p.upper()}", f"it is {dtype_name(weights[n]).upper()}", False) for n, p in other] or [Claim(f"config.json gives the precision of {len(source.declared)} tensors", "all are as it says", True)]
+        other = [(n, p) for n, p in source.declared.items() if n in weights and source.kind(n) != stored_as(p)]
+        told += [Claim(f"config.json makes {n} {p.upper()}", f"it is {source.kind(n).upper()}", False) for n, p in other] or [Claim(f"config.json gives the precision of {len(source.declared)} tensors", "all are as it says", True)]
     numbers = {n: [t, *source.scales.get(n, ())] for n, t in weights.items() if t.numel()}
     broken = [n for n, ts in numbers.items() if not all(t.isfinite().all() for t in ts if t.is_floating_point())]
     runs, seam, tried = try_run(source, weights, config)
