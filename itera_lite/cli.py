@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'DataFolder', 'ModelFolder', 'show_version', 'program', 'users_mistake', 'main', 'print_json', 'doctor',
            'columns', 'models', 'settings', 'run_folder', 'write_report', 'run', 'report', 'token_ids', 'generate',
-           'read_tokenizer', 'inspect_source', 'convert', 'precision_rules', 'compress', 'validate', 'bench']
+           'read_tokenizer', 'inspect_source', 'convert', 'check_destination', 'written', 'compress', 'validate',
+           'bench']
 
 # %% ../nbs/16_cli.ipynb #c78f509c
 import json, sys
@@ -255,36 +256,68 @@ def convert(
     typer.echo(f"{folder}: {parameters:,} parameters from the layout '{imported.layout}', kernel {getattr(imported.config, 'kernel', imported.config.model_type)}")
 
 # %% ../nbs/16_cli.ipynb #15f530de
-def precision_rules(
-    name:str, # of a map in `mixed_precision.MAPS`, or a YAML file
-):
-    "The precision map of this name. Raises ConfigError for a name that is neither."
-    from itera_lite.core import unknown
-    from itera_lite.formats import read_map
-    from itera_lite.mixed_precision import MAPS
-    if name in MAPS: return MAPS[name]
-    if not Path(name).is_file(): raise unknown("precision map", name, MAPS, hint="a YAML file with pattern: precision does too")
-    return read_map(Path(name).resolve())
+def check_destination(
+    out:Path, # model folder to write
+    folder:Path, # the model
+)->None:
+    "Refuse, before anything is computed, a destination that could not be written at the end. Raises ConfigError."
+    import re
+    from itera_lite.checkpoint import OWN_FILES
+    from itera_lite.core import ConfigError
+    if out.resolve() == folder.resolve(): raise ConfigError(f"{out} is the model itself: name another folder, or the original is lost")
+    if out.exists() and not out.is_dir(): raise ConfigError(f"{out} is a file: name a folder")
+    strange = sorted(p.name for p in out.iterdir() if not re.search(OWN_FILES, p.name)) if out.exists() else []
+    if strange: raise ConfigError(f"{out} holds '{strange[0]}', which is no part of a model folder, and is not replaced; name another folder")
 
+def written(
+    small, # `Compressed`
+    out:Path, # its folder
+    folder:Path, # the model it came from
+)->str:
+    "What a compressed model's folder weighs, and what it took to make it."
+    from itera_lite.checkpoint import model_bytes
+    before, after = model_bytes(folder)[0], model_bytes(out)[0]
+    return "\n".join([*(f"note: {n}" for n in small.notes), f"{out}: {after:,} bytes of configuration and weights; {folder}: {before:,}, {before / after:.2f} times as many",
+                      f"ratio {before / after:.2f}, {small.seconds:.1f} s, peak memory {small.peak_rss_bytes / 1e6:,.0f} MB"])
+
+# %% ../nbs/16_cli.ipynb #8819c8fe
 @app.command()
 def compress(
     folder:ModelFolder,
-    out:Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
-    map_name:Annotated[str, typer.Option("--map", help="Name of a precision map, or a YAML file with pattern: precision.")]="int8+fp16",
-    calibration:Annotated[str, typer.Option(help="How scales are chosen: percentile, max or mse.")]="percentile",
-    percentile:Annotated[float, typer.Option(help="Of |w|, for that calibration.")]=99.99,
-    min_coverage:Annotated[float, typer.Option(help="Share of the parameters that the map must speak of.")]=0.99,
+    out:Annotated[Path, typer.Option(help="Model folder to write.", show_default=False)],
+    method:Annotated[str, typer.Option(help="quantize, gptq, coded, qat, prune, sparse, distill or vocabulary.")]="quantize",
+    map:Annotated[str|None, typer.Option(help="Precisions: name of a map, a YAML or JSON file with pattern: precision, or such JSON itself.")]=None,
+    precision:Annotated[str|None, typer.Option(help="Of all matrices, instead of a map: int8, int4-g32, nf4 …")]=None,
+    bits:Annotated[float|None, typer.Option(help="Of a code (2 to 8); for coded and qat, of a weight on disk (3.0, 2.4 …).")]=None,
+    calibration:Annotated[str|None, typer.Option(help="How scales are chosen: mse, percentile or max.")]=None,
+    percentile:Annotated[float|None, typer.Option(help="Of |w|, for that calibration.")]=None,
+    min_coverage:Annotated[float|None, typer.Option(help="Share of the parameters that a map must speak of.")]=None,
+    text:Annotated[str|None, typer.Option(help="Text to calibrate on or to learn from: a corpus, a text file, or a folder of .txt files.")]=None,
+    data_dir:Annotated[str|None, typer.Option("--data-dir", "--data", help="Folder that holds corpora by name; without it, the environment variable ITERA_LITE_DATA.")]=None,
+    calibration_tokens:Annotated[int|None, typer.Option(help="Of text, to calibrate on.")]=None,
+    recipe:Annotated[str|None, typer.Option(help="What to remove: d_inner=0.25,heads=0.25 (prune), wanda=0.5 (sparse); a student's fields: hidden_size=64 (distill).")]=None,
+    student:Annotated[str|None, typer.Option(help="Named configuration of a student (distill).")]=None,
+    size:Annotated[int|None, typer.Option(help="Tokens to keep (vocabulary).")]=None,
+    tokens:Annotated[int|None, typer.Option(help="Of training (qat, distill), or of recovery (prune; without it, none).")]=None,
+    learning_rate:Annotated[float|None, typer.Option(help="Of that training, at its peak.")]=None,
+    temperature:Annotated[float|None, typer.Option(help="Of teacher and student (distill).")]=None,
+    seed:Annotated[int|None, typer.Option(help="Of windows, of initial weights and of the order of the text.")]=None,
+    work:Annotated[Path|None, typer.Option(help="Folder for checkpoints of a training: the same command again goes on where it stopped.")]=None,
 )->None:
-    "Store a model at mixed precision, in a folder of its own."
-    from itera_lite import checkpoint, formats, mixed_precision
-    from itera_lite.core import ConfigError
-    if out.resolve() == folder.resolve(): raise ConfigError(f"{out} is the model itself: name another folder, or the original is lost")
-    candidate = mixed_precision.Candidate(Path(map_name).stem, precision_rules(map_name), calibration)
-    model = checkpoint.load_model(folder)
-    typer.echo(formats.coverage(candidate.rules, model))
-    mixed_precision.compress_to_folder(model, candidate, out, checkpoint.load_tokenizer(folder), percentile, min_coverage)
-    before, after = checkpoint.model_bytes(folder)[0], checkpoint.model_bytes(out)[0]
-    typer.echo(f"\n{out}: {after:,} bytes of configuration and weights; {folder}: {before:,}, {before / after:.2f} times as many")
+    "Make a smaller model folder, by one of eight methods."
+    options = {k: v for k, v in locals().items() if v is not None and k not in ("folder", "out", "method")}
+    from itera_lite import compress as room
+    from itera_lite.formats import coverage, PackedModule
+    room.check_options(method, options)
+    check_destination(out, folder)
+    if text and Path(text).exists(): options["text"] = str(Path(text).resolve()) # the shell's folder, not the project's
+    if work: options["work"] = work.resolve()
+    model, tokenizer = room.load_pair(folder)
+    try: small = room.compress(model, tokenizer, method, **options)
+    except room.NotApplicable as reason: return typer.echo(f"not_applicable: {reason}")
+    if any(isinstance(m, PackedModule) for m in small.model.modules()): typer.echo(room.stored_table(small.model) + "\n")
+    small.save(out)
+    typer.echo(written(small, out, folder))
     typer.echo(f"what it costs in quality: itera-lite validate {out} --baseline {folder}")
 
 # %% ../nbs/16_cli.ipynb #53f7b114

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb") if not path.name.startswith("_"))
-LIBRARY = {"03a_teacher"}  # a room among the experiments that only defines
+LIBRARY = {"03a_teacher", "08c_compress"}  # rooms among the experiments that only define
 EXPERIMENTS = [path for path in NOTEBOOKS if re.match(r"(0[3-9]|1[0-2])", path.name) and path.stem not in LIBRARY]
 MAX_FILE_BYTES, MAX_PUBLISHED_BYTES = 2_500_000, 25_000_000
 
