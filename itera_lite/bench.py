@@ -252,16 +252,17 @@ def bench_table(result: dict) -> str:
     lines = ["| ratio | median | least … largest of the rounds |", "|---|---:|---:|"]
     lines += [f"| {k} | {v['median']:.2f} | {v['min']:.2f} … {v['max']:.2f} |" for k, v in result["ratios"].items()]
     for group, rates in result["rates"].items():
-        lines += ["", f"| {group} | tokens/s, median | least … largest |", "|---|---:|---:|"]
+        lines += ["", f"| {group} | {result.get('units', {}).get(group, 'tokens/s')}, median | least … largest |", "|---|---:|---:|"]
         for k, v in rates.items():
             scale, unit = (1e9, " GFLOP/s") if k == "matrix product" else (1, "")
             lines.append(f"| {k} | {v['median'] / scale:,.0f}{unit} | {v['min'] / scale:,.0f} … {v['max'] / scale:,.0f} |")
     return "\n".join(lines)
 
 # %% ../nbs/04b_bench.ipynb #8455bc4a
-def main(out: str | None = None, **settings) -> Path:
+def main(out: str | None = None, more: dict | None = None, **settings) -> Path:  # more: what a later notebook measured, in the same form
     "Run `bench`, print its table, write its JSON (papermill_runs/bench.json unless `out` says otherwise)."
     result = bench(**settings)
+    for key in ("ratios", "rates", "units"): result[key] = result.get(key, {}) | (more or {}).get(key, {})
     print(bench_table(result))
     path = Path(out) if out else runs_dir() / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
