@@ -118,7 +118,10 @@ def test_the_same_command_gives_the_same_folder(place):
 
 
 REFUSED = {
-    "map names an unknown tensor": (["--map", '{"layers.*.ssm.dt_prj": "int8", "*": "fp16"}'], "'layers.*.ssm.dt_prj' names no tensor of this model; did you mean 'layers.*.ssm.dt_proj'?"),
+    "map names an unknown tensor": (
+        ["--map", '{"layers.*.ssm.dt_prj": "int8", "*": "fp16"}'],
+        "'layers.*.ssm.dt_prj' names no tensor of this model; did you mean 'layers.*.ssm.dt_proj'?",
+    ),
     "map names a layer that is not there": (["--map", '{"layers.7.ssm.in_proj": "int8", "*": "fp16"}'], "'layers.7.ssm.in_proj' names no tensor"),
     "group does not divide": (["--precision", "int4-g33"], "groups of 33 do not divide rows of 32 weights; sizes that do: 32, 16"),
     "group does not divide, gptq": (["--method", "gptq", "--precision", "int3-g48", *CALIBRATED], "groups of 48 do not divide"),
@@ -134,7 +137,10 @@ REFUSED = {
     "no text": (["--method", "qat"], "give text (--text)"),
     "text is not there": (["--method", "gptq", "--text", "no/such.txt"], "no text at no/such.txt"),
     "all experts": (["--method", "prune", "--recipe", "experts=1.0"], "removing 1 of experts leaves 0 of 4"),
-    "more than top-k leaves": (["--method", "prune", "--recipe", "experts=0.75"], "fewer than the 2 that each token chooses (top_k_experts): allowed fractions go up to 0.5"),
+    "more than top-k leaves": (
+        ["--method", "prune", "--recipe", "experts=0.75"],
+        "fewer than the 2 that each token chooses (top_k_experts): allowed fractions go up to 0.5",
+    ),
     "unknown group": (["--method", "prune", "--recipe", "widgets=0.5"], "unknown group to prune 'widgets'"),
     "recipe is no recipe": (["--method", "prune", "--recipe", "d_inner"], "allowed are name=value"),
     "no recipe": (["--method", "prune"], "needs a recipe"),
@@ -181,7 +187,10 @@ def test_what_is_in_the_way_stays_as_it_is(place):
 
 
 def test_nothing_to_remove_is_an_answer_and_no_error(place):
-    for kind, recipe, reason in (("s4", "heads=0.5", "a model with kernel s4 has no heads to remove"), ("transformer", "experts=0.5,d_state=0.5", "a Transformer has no experts to remove")):
+    for kind, recipe, reason in (
+        ("s4", "heads=0.5", "a model with kernel s4 has no heads to remove"),
+        ("transformer", "experts=0.5,d_state=0.5", "a Transformer has no experts to remove"),
+    ):
         printed, line, status = compress(place, "--method", "prune", "--recipe", recipe, kind=kind, out="none")
         assert (status, line, len(printed)) == (0, "", 1) and printed[0].startswith(f"not_applicable: {reason}")
         assert not (place / "none").exists()
@@ -218,7 +227,10 @@ def test_converted_checkpoints_are_compressed(place, tmp_path):
 
 
 def program(*words):
-    return subprocess.run([sys.executable, "-m", "itera_lite.cli", "compress", *map(str, words)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-m", "itera_lite.cli", "compress", *map(str, words)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )
 
 
 def test_as_a_process(place, tmp_path):
