@@ -546,6 +546,7 @@ def as_source(
     back, bare = {stored: n for n, stored in names.items()}, lambda n: re.sub(WRAPPERS, "", n)
     return Source(container, nbytes, native, {back[bare(n)]: s for n, s in scales.items() if bare(n) in back}, names, layout, stored, extra or {}, declared, [*notes, *said], **more)
 
+# %% ../nbs/02ec_inspector.ipynb #41c48007
 def narrow_tensors(
     folder:Path, # of ours
     own:FolderConfig,
