@@ -285,7 +285,7 @@ def written(
 def compress(
     folder:ModelFolder,
     out:Annotated[Path, typer.Option(help="Model folder to write.", show_default=False)],
-    method:Annotated[str, typer.Option(help="quantize, gptq, coded, qat, prune, sparse, distill or vocabulary.")]="quantize",
+    method:Annotated[str, typer.Option(help="quantize, gptq, coded, activations, qat, prune, sparse, distill or vocabulary.")]="quantize",
     map:Annotated[str|None, typer.Option(help="Precisions: name of a map, a YAML or JSON file with pattern: precision, or such JSON itself.")]=None,
     precision:Annotated[str|None, typer.Option(help="Of all matrices, instead of a map: int8, int4-g32, nf4 …")]=None,
     bits:Annotated[float|None, typer.Option(help="Of a code (2 to 8); for coded and qat, of a weight on disk (3.0, 2.4 …).")]=None,
@@ -343,11 +343,13 @@ def bench(
     rounds:Annotated[int, typer.Option(help="Times that each side is measured; ratios are of medians.")]=7,
     threads:Annotated[int, typer.Option(help="Threads of torch.")]=2,
     compiled:Annotated[bool, typer.Option(help="Measure torch.compile too.")]=True,
-    peers:Annotated[bool, typer.Option(help="Measure Hugging Face's models too.")]=True,
+    peers:Annotated[bool, typer.Option(help="Measure Hugging Face's models and other libraries' quantisers too.")]=True,
 )->None:
-    "Measure tokens per second against the peers, in one process."
+    "Measure speeds against the peers, and what compressing costs, in one process."
     from itera_lite import bench as module
-    module.main(out, model=model, rounds=rounds, threads=threads, compiled=compiled, with_peers=peers)
+    from itera_lite.bench_compression import bench_compression
+    more = bench_compression(model, rounds=rounds, threads=threads, with_peers=peers)
+    module.main(out, more, model=model, rounds=rounds, threads=threads, compiled=compiled, with_peers=peers)
 
 # %% ../nbs/16_cli.ipynb #d6571ff9
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

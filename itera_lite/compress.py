@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'NotApplicable', 'Compressed', 'load_pair', 'read_rules', 'check_rules', 'rules_for', 'read_recipe',
            'read_text', 'window_length', 'encoded', 'calibration_stream', 'calibration_windows', 'integer', 'by_map',
-           'by_compensation', 'by_coding', 'working_folder', 'training', 'by_training', 'immovable', 'applicable',
-           'by_pruning', 'by_zeros', 'student_config', 'by_distillation', 'by_vocabulary', 'method_options',
-           'check_options', 'plain_model', 'compress', 'stored_table']
+           'by_compensation', 'by_coding', 'by_both', 'working_folder', 'training', 'by_training', 'immovable',
+           'applicable', 'by_pruning', 'by_zeros', 'student_config', 'by_distillation', 'by_vocabulary',
+           'method_options', 'check_options', 'plain_model', 'compress', 'stored_table']
 
 # %% ../nbs/08c_compress.ipynb #b7429221
 import difflib, inspect, json, tempfile, time
@@ -31,6 +31,7 @@ from .prune import GROUPS, PATTERNS, calibration_batches, find_sites, least_kept
 from .qat import train_quantized
 from .quantize import coded_scales, curvature, draw_windows, quantize, uniform
 from .train import TrainConfig
+from .w8a8 import quantize_both, rotate_model
 from .vocabulary import remap_model, shrink_tokenizer, token_use
 
 # %% ../nbs/08c_compress.ipynb #868e2d3d
@@ -188,6 +189,14 @@ def by_coding(model, tokenizer, *, text=None, data_dir="", map=None, precision=N
     windows = calibration_windows(model, tokenizer, text, data_dir, calibration_tokens, seed)
     return Compressed(quantize(model, rules, windows, coded_scales(model, rules, curvature(model, windows, seed), bits)), tokenizer, "huffman")
 
+def by_both(model, tokenizer, *, text=None, data_dir="", map=None, precision=None, bits=None, percentile=99.99, calibration_tokens=4096, seed=0):
+    "Weights, and in 8 bits what flows between them and the recurrent state; outliers before out_proj are spread by a rotation first."
+    rules = _stored(model, map, precision, bits)
+    windows = calibration_windows(model, tokenizer, text, data_dir, calibration_tokens, seed)
+    rotates = getattr(model.config, "ssm_rotation", "none") is None
+    notes = () if rotates else ("nothing was rotated: " + ("the model is already" if hasattr(model.config, "ssm_rotation") else "a Transformer has no out_proj"),)
+    return Compressed(quantize_both(rotate_model(model) if rotates else model, rules, windows, percentile), tokenizer, notes=notes)
+
 # %% ../nbs/08c_compress.ipynb #925881b2
 @contextmanager
 def working_folder(
@@ -293,7 +302,7 @@ def by_vocabulary(model, tokenizer, *, size=None, text=None, data_dir=""):
     return Compressed(remap_model(model, tokenizer, smaller), smaller)
 
 # %% ../nbs/08c_compress.ipynb #b34b9c7f
-METHODS = {"quantize": by_map, "gptq": by_compensation, "coded": by_coding, "qat": by_training, "prune": by_pruning, "sparse": by_zeros, "distill": by_distillation, "vocabulary": by_vocabulary}
+METHODS = {"quantize": by_map, "gptq": by_compensation, "coded": by_coding, "activations": by_both, "qat": by_training, "prune": by_pruning, "sparse": by_zeros, "distill": by_distillation, "vocabulary": by_vocabulary}
 
 def method_options(
     method:str, # one of `METHODS`
@@ -316,6 +325,7 @@ def plain_model(
 )->nn.Module: # FP32
     "The model to start from. Raises `ConfigError` for one that is quantised already."
     stored = set(tensor_precisions(model).values())
+    if getattr(model, "activations", None): raise ConfigError("the model rounds its activations already: start from the one it was made of")
     if stored <= {"fp32"}: return model
     if stored <= PLAIN.keys(): return unpack_model(model)
     raise ConfigError(f"the model is compressed already ({', '.join(sorted(stored - PLAIN.keys()))}): start from the one it was made of")

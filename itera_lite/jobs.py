@@ -448,7 +448,8 @@ def finished(
 
 # %% ../nbs/13_jobs.ipynb #f7bc0f15
 TRAINING = "03_training" # makes the model that later notebooks read
-PIPELINE = {TRAINING: "smoke", "04_evaluation": "smoke", "04a_comparison": "laptop", "07_mixed_precision": "smoke"} # in order, with the smallest preset that includes it
+PIPELINE = {TRAINING: "smoke", "04_evaluation": "smoke", "04a_comparison": "laptop", "05_quantization": "smoke", "05a_peers": "laptop", "05b_qat": "laptop", "05c_activations": "laptop", "06_pruning": "laptop",
+            "07_mixed_precision": "smoke", "08a_vocabulary": "laptop", "08b_distillation": "laptop", "08d_advice": "laptop"} # in order, with the smallest preset that includes it
 
 @dataclass
 class Step:

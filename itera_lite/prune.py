@@ -8,8 +8,8 @@ __all__ = ['LAYOUTS', 'SYMBOLS', 'GROUPS', 'LANES', 'SILENCED', 'RANKING', 'IMPO
            'pruned_config', 'slice_model', 'mask_model', 'unit_sums', 'magnitude', 'calibration_batches',
            'calibration_loss', 'taylor_values', 'watched_experts', 'reap', 'mean_order', 'ablation', 'unit_importance',
            'least_kept', 'kept_units', 'units_to_remove', 'unit_bytes', 'even_shares', 'global_shares', 'make_plan',
-           'prune_model', 'linear_weights', 'input_norms', 'smallest', 'prune_unstructured', 'sparsity', 'sparse_bytes',
-           'zeros_kept', 'recover', 'removal_figure']
+           'prune_model', 'prunable_weights', 'input_norms', 'smallest', 'prune_unstructured', 'sparsity',
+           'sparse_bytes', 'zeros_kept', 'recover', 'removal_figure']
 
 # %% ../nbs/06_pruning.ipynb #600cfaa9
 import copy, hashlib, json, math, re
@@ -516,7 +516,7 @@ def prune_model(
     return small
 
 # %% ../nbs/06_pruning.ipynb #c9bb2263
-def linear_weights(
+def prunable_weights(
     model:nn.Module,
 )->dict: # tensor name → module
     "The matrices whose single weights may go: linear layers inside the layers, but no router."
@@ -527,9 +527,9 @@ def input_norms(
     batches, # from `calibration_batches`
 )->dict: # tensor name → (inputs)
     "Root of the sum of squares of everything each input of a linear layer has seen."
-    sums, hooks = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in linear_weights(model).items()}, []
+    sums, hooks = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in prunable_weights(model).items()}, []
     def look(name, module, args): sums[name] += args[0].detach().double().flatten(0, -2).square().sum(0).cpu()
-    for name, module in linear_weights(model).items(): hooks.append(module.register_forward_pre_hook(partial(look, name)))
+    for name, module in prunable_weights(model).items(): hooks.append(module.register_forward_pre_hook(partial(look, name)))
     try:
         with watched_experts(model), torch.no_grad():
             for x, _ in batches: model.hidden(x)
@@ -564,7 +564,7 @@ def prune_unstructured(
     model = copy.deepcopy(model)
     norms = input_norms(model, calibration) if by_input else {}
     with torch.no_grad():
-        for name, module in linear_weights(model).items():
+        for name, module in prunable_weights(model).items():
             if method == "2:4" and module.in_features % 4: continue
             score = compete(module.weight.abs()*norms[name].to(module.weight.device) if by_input else module.weight.abs())
             module.weight.masked_fill_(smallest(score, round(fraction*score.shape[1])).view_as(module.weight), 0)
@@ -592,7 +592,7 @@ def zeros_kept(
     model:nn.Module,
 ):
     "Inside, a single weight that is zero gets no gradient."
-    matrices = [m.weight for m in linear_weights(model).values()]
+    matrices = [m.weight for m in prunable_weights(model).values()]
     hooks = [w.register_hook(lambda g, alive=w.detach() != 0: g*alive) for w in matrices if (w == 0).any()]
     try: yield
     finally:

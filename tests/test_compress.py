@@ -67,6 +67,7 @@ METHODS = {
     "bits": ["--bits", 4],
     "gptq": ["--method", "gptq", "--precision", "int4-g32", *CALIBRATED],
     "coded": ["--method", "coded", "--bits", 3, *CALIBRATED],
+    "activations": ["--method", "activations", "--bits", 8, *CALIBRATED],
     "qat": ["--method", "qat", "--bits", 3, "--tokens", 512, *CALIBRATED],
     "prune": ["--method", "prune", "--recipe", "d_inner=0.25,heads=0.25,ffn=0.25", *CALIBRATED],
     "prune and recover": ["--method", "prune", "--recipe", "ffn=0.5", "--tokens", 512, *CALIBRATED],
@@ -76,7 +77,7 @@ METHODS = {
 }
 
 
-EVERYWHERE = ("inline map", "gptq", "coded", "prune", "vocabulary")  # on each kind of model; the rest on one
+EVERYWHERE = ("inline map", "gptq", "coded", "activations", "prune", "vocabulary")  # on each kind of model; the rest on one
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in METHODS for kind in KINDS if kind == "s4" or name in EVERYWHERE])
