@@ -7,7 +7,7 @@ __all__ = ['STRETCH', 'FakeQuant', 'laplace_bits', 'rounded_tensors', 'estimated
            'taught_at_a_price', 'train_quantized']
 
 # %% ../nbs/05b_qat.ipynb #8dbce481
-import copy, math, types
+import copy, json, math, types
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .activations import round_activations
 from .coding import entropy
-from .core import ConfigError, seed_everything
+from .core import ConfigError, seed_everything, sha256_text
 from .formats import coverage, encode, get_format, pack, pack_tensor, require_coverage, to_groups, to_index, to_values, unpack_model
 from .model import CausalLM, Loss, build_model
 from .quantize import coded_scales, curvature, quantize, uniform
@@ -159,7 +159,7 @@ def train_quantized(
     student = taught_at_a_price(prepare(unpack_model(start), precisions, scales), model, bits)
     if activations:
         round_activations(student, activations)
-        student.loss_facts["activations"] = activations
+        student.loss_facts["activations"] = sha256_text(json.dumps(activations, sort_keys=True))[:12]
     result = train(student, *streams, config, folder, seed, progress=progress)
     packed = finish(student, precisions)
     return round_activations(packed, activations) if activations else packed, result

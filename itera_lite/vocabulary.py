@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['byte_alphabet', 'token_bytes', 'token_use', 'kept_tokens', 'shrink_tokenizer', 'old_pieces', 'remap_model',
-           'below_chord', 'knee', 'vocabulary_figure', 'vocabulary_verdict']
+           'below_chord', 'knee', 'knee_without', 'vocabulary_figure', 'vocabulary_verdict']
 
 # %% ../nbs/08a_vocabulary.ipynb #8a51e463
 import json, math
@@ -136,6 +136,13 @@ def knee(
     if max(distance) > 1e-9: return int(np.argmax(distance))
     ordered = sorted(range(len(points)), key=lambda i: points[i][0])
     return ordered[-1] if points[ordered[-1]][1] < points[ordered[0]][1] else ordered[0]
+
+def knee_without(
+    points, # (bytes, bits per byte) of each model, at least four for an answer
+)->list[int]: # for each left out: index of what is chosen among the others
+    "How far the choice hangs on any one of its points."
+    if len(points) < 4: return []
+    return [[j for j in range(len(points)) if j != i][knee([p for j, p in enumerate(points) if j != i])] for i in range(len(points))]
 
 # %% ../nbs/08a_vocabulary.ipynb #0beaf2db
 def vocabulary_figure(
