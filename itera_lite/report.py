@@ -358,6 +358,7 @@ def shortened(
     ends = [e.start() + 1 for e in re.finditer(r"\.\s(?=[A-Z])", text)]
     return text[:max([e for e in ends if e <= most] or ends[:1] or [len(text)])] + " …"
 
+# %% ../nbs/15_report.ipynb #2b85e7e9
 def _markdown_number(values:dict, i:int, column:Column)->str:
     "One number of a row in Markdown, with its interval."
     value, ci = resolve(values, f"/results/{i}{column.field}"), resolve(values, f"/results/{i}{column.interval}") if column.interval else None
