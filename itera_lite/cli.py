@@ -304,7 +304,7 @@ def compress(
     seed:Annotated[int|None, typer.Option(help="Of windows, of initial weights and of the order of the text.")]=None,
     work:Annotated[Path|None, typer.Option(help="Folder for checkpoints of a training: the same command again goes on where it stopped.")]=None,
 )->None:
-    "Make a smaller model folder, by one of eight methods."
+    "Make a smaller model folder, by one of nine methods."
     options = {k: v for k, v in locals().items() if v is not None and k not in ("folder", "out", "method")}
     from itera_lite import compress as room
     from itera_lite.formats import coverage, PackedModule

@@ -66,7 +66,7 @@ def load_pair(
 # %% ../nbs/08c_compress.ipynb #bbd20441
 def _unique(pairs):
     keys = [k for k, _ in pairs]
-    if len(set(keys)) < len(keys): raise ConfigError(f"pattern '{next(k for k in keys if keys.count(k) > 1)}' stands twice in the precision map")
+    if len(set(keys)) < len(keys): raise ConfigError(f"'{next(k for k in keys if keys.count(k) > 1)}' stands twice; allowed is once")
     return dict(pairs)
 
 def read_rules(
@@ -74,6 +74,8 @@ def read_rules(
 )->PrecisionMap:
     "A precision map from wherever it is. Raises `ConfigError`."
     if isinstance(source, dict): return PrecisionMap(source)
+    if not isinstance(source, (str, Path)) or not str(source).strip(): raise ConfigError(f"precision map {source!r}: allowed are a name ({', '.join(MAPS)}), a file, JSON text or a dict of pattern: precision")
+    source = str(source)
     if source in MAPS: return MAPS[source]
     if source.lstrip().startswith("{"):
         try: return PrecisionMap(json.loads(source, object_pairs_hook=_unique))
@@ -111,10 +113,12 @@ def read_recipe(
 )->dict: # name → number or word
     "Names and values. Raises `ConfigError`."
     if isinstance(source, dict): return source
+    if not isinstance(source, str): raise ConfigError(f"recipe {source!r}: allowed are a dict, or text of name=value, separated by commas")
     pairs = [part.partition("=") for part in source.split(",") if part.strip()]
     wrong = next((p for p in pairs if not p[0].strip() or not p[2].strip()), None)
     if wrong or not pairs: raise ConfigError(f"recipe '{source}': allowed are name=value, separated by commas, such as d_inner=0.25,heads=0.25")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    try: return _unique([(name.strip(), yaml.safe_load(value)) for name, _, value in pairs])
+    except yaml.YAMLError: raise ConfigError(f"recipe '{source}': a value in it is no number and no word; allowed are name=value, such as d_inner=0.25") from None
 
 # %% ../nbs/08c_compress.ipynb #de66e072
 def read_text(
@@ -166,15 +170,17 @@ def integer(
     bits, # of a code
 )->str: # precision
     "The format of so many bits. Raises `ConfigError` for a width that does not exist."
-    if bits not in range(2, 9): raise ConfigError(f"bits {bits:g}: allowed are whole numbers from 2 to 8 (--precision names other formats: nf4, ternary, fp16)")
+    if bits not in range(2, 9): raise ConfigError(f"bits {bits}: allowed are whole numbers from 2 to 8 (--precision names other formats: nf4, ternary, fp16)")
     return f"int{int(bits)}"
 
 def _stored(model, map, precision, bits):
     if bits is not None and (map is not None or precision is not None): raise ConfigError(f"bits {bits:g} and {'map' if map is not None else 'precision'} are both given: each says what is stored how; leave one out")
     return rules_for(model, map, precision if bits is None else integer(bits), MAPS["int8+fp16"])
 
-def by_map(model, tokenizer, *, map=None, precision=None, bits=None, calibration="mse", percentile=99.99, min_coverage=0.99):
+def by_map(model, tokenizer, *, map=None, precision=None, bits=None, calibration="mse", percentile=None, min_coverage=0.99):
     "Round to the nearest code."
+    if percentile is not None and calibration != "percentile": raise ConfigError(f"percentile {percentile:g} has no use with calibration {calibration}: give calibration percentile, or leave it out")
+    percentile = 99.99 if percentile is None else percentile
     return Compressed(compress_model(model, _stored(model, map, precision, bits), calibration, percentile, min_coverage), tokenizer)
 
 def by_compensation(model, tokenizer, *, text=None, data_dir="", map=None, precision=None, bits=None, calibration="mse", calibration_tokens=4096, min_coverage=0.99, seed=0):
@@ -242,7 +248,7 @@ def applicable(
 )->tuple[dict, tuple]: # the groups that can lose units; notes about the others
     "What of a recipe a model allows. Raises `NotApplicable` where that is nothing."
     for group, fraction in recipe.items():
-        if not isinstance(fraction, (int, float)): raise ConfigError(f"recipe: {group}={fraction}: allowed are fractions from 0 to 1")
+        if type(fraction) not in (int, float): raise ConfigError(f"recipe: {group}={fraction}: allowed are fractions from 0 to 1")
     reasons = {group: reason for group in recipe if (reason := immovable(model, group))}
     if reasons.keys() == recipe.keys(): raise NotApplicable("; ".join(reasons.values()))
     return {g: f for g, f in recipe.items() if g not in reasons}, tuple(f"{g} left out: {reason}" for g, reason in reasons.items())
@@ -269,6 +275,7 @@ def by_zeros(model, tokenizer, *, recipe=None, text=None, data_dir="", calibrati
     how = read_recipe(recipe)
     if len(how) != 1: raise ConfigError(f"recipe with {', '.join(how)}: method sparse takes one of {', '.join(f'{p}=0.5' for p in PATTERNS)}")
     (pattern, fraction), length, batches = *how.items(), window_length(model), None
+    if type(fraction) not in (int, float): raise ConfigError(f"recipe: {pattern}={fraction}: allowed are fractions from 0 to 1")
     if pattern in PATTERNS and PATTERNS[pattern][0]: batches = calibration_batches(calibration_stream(model, tokenizer, read_text(text, data_dir), calibration_tokens), length, calibration_tokens//length)
     return Compressed(prune_unstructured(model, fraction, pattern, batches), tokenizer, notes=("zeros are stored like any number: no byte is saved",))
 

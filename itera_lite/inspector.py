@@ -759,7 +759,7 @@ def techniques(
     out = [Technique("quantisation", bool(can), f"{len(can)} of {len(shapes)} tensors, {share:.1%} of the parameters, would shrink in INT8" + (f"; {packed/total:.1%} are quantised already" if packed else "")),
            Technique("mixed precision", len(shapes) > 1 and not packed, "some tensors are quantised already: start from the original" if packed else f"each of {len(shapes)} tensors can have its own; "
                      f"the published map speaks of {published_coverage({names[n]: s for n, s in shapes.items()})} of the parameters by the file's names, of {published_coverage(shapes)} by native ones")]
-    def prune(what, n, more=""): out.append(Technique(f"pruning of {what}", n > 1, f"{n:,} {what}{more}" if n > 1 else f"not applicable: {n} {what}"))
+    def prune(what, n, more=""): out.append(Technique(f"pruning of {what}", False, "quantised already: start from the original") if packed else Technique(f"pruning of {what}", n > 1, f"{n:,} {what}{more}" if n > 1 else f"not applicable: {n} {what}"))
     if config.model_type == "transformer": prune("attention heads", config.num_heads, " (of the default configuration: no tensor tells)")
     else:
         prune("channels", config.d_inner, f" in each block, cut in all tensors that have the inner width, never in the residual width {config.hidden_size}")
@@ -768,9 +768,9 @@ def techniques(
         prune("experts", config.num_experts if config.mixture_layers else 0, f" in {few('layer', config.mixture_layers)}")
     ffn = any("w1" in n for n in weights)
     prune("feed-forward units", (config.ffn_size if config.model_type == "transformer" else config.expert_size) if ffn else 0)
-    out.append(Technique("distillation", True, f"as teacher or student of {total:,} parameters" + ("" if tokenizer else ", over token ids or with --tokenizer: the file has no tokenizer")))
+    out.append(Technique("distillation", not packed, "quantised already: start from the original" if packed else f"as teacher or student of {total:,} parameters" + ("" if tokenizer else ", over token ids or with --tokenizer: the file has no tokenizer")))
     embedding = weights["embedding.weight"].numel()/max(total, 1)
-    return out + [Technique("vocabulary", tokenizer, f"{config.vocab_size:,} tokens, {embedding:.1%} of the parameters" + ("" if tokenizer else "; not applicable without the tokenizer that says which token is which"))]
+    return out + [Technique("vocabulary", tokenizer and not packed, "quantised already: start from the original" if packed else f"{config.vocab_size:,} tokens, {embedding:.1%} of the parameters" + ("" if tokenizer else "; not applicable without the tokenizer that says which token is which"))]
 
 # %% ../nbs/02ec_inspector.ipynb #c9e2116a
 def component(

@@ -298,11 +298,14 @@ def _repr_mimebundle_(self:MapEditor, include=None, exclude=None)->dict:
 
 def map_editor(
     model, # a model, or its folder
-    precision_map, # a `PrecisionMap` or dict to begin with
+    precision_map, # a `PrecisionMap` or dict to begin with, or the name of one in `MAPS`
     sensitivities=(), # from `sensitivity`
     **options, # precisions to choose from, by_layer
 )->MapEditor:
     "A precision map as an interactive table. Raises `ConfigError` for a map that matches nothing."
+    if isinstance(precision_map, str):
+        if precision_map not in MAPS: raise unknown("precision map", precision_map, MAPS)
+        precision_map = MAPS[precision_map]
     return MapEditor(model if isinstance(model, nn.Module) else load_model(model), precision_map, sensitivities, **options)
 
 # %% ../nbs/07_mixed_precision.ipynb #cd60501e
