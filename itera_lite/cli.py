@@ -290,7 +290,7 @@ def compress(
     precision:Annotated[str|None, typer.Option(help="Of all matrices, instead of a map: int8, int4-g32, nf4 …")]=None,
     bits:Annotated[float|None, typer.Option(help="Of a code (2 to 8); for coded and qat, of a weight on disk (3.0, 2.4 …).")]=None,
     calibration:Annotated[str|None, typer.Option(help="How scales are chosen: mse, percentile or max.")]=None,
-    percentile:Annotated[float|None, typer.Option(help="Of |w|, for that calibration.")]=None,
+    percentile:Annotated[float|None, typer.Option(help="Of |w|, for that calibration; of activations, for that method.")]=None,
     min_coverage:Annotated[float|None, typer.Option(help="Share of the parameters that a map must speak of.")]=None,
     text:Annotated[str|None, typer.Option(help="Text to calibrate on or to learn from: a corpus, a text file, or a folder of .txt files.")]=None,
     data_dir:Annotated[str|None, typer.Option("--data-dir", "--data", help="Folder that holds corpora by name; without it, the environment variable ITERA_LITE_DATA.")]=None,
@@ -307,15 +307,17 @@ def compress(
     "Make a smaller model folder, by one of nine methods."
     options = {k: v for k, v in locals().items() if v is not None and k not in ("folder", "out", "method")}
     from itera_lite import compress as room
-    from itera_lite.formats import coverage, PackedModule
+    from itera_lite.core import ConfigError
+    from itera_lite.formats import PackedModule
     room.check_options(method, options)
     check_destination(out, folder)
     if text and Path(text).exists(): options["text"] = str(Path(text).resolve()) # the shell's folder, not the project's
+    if work and work.is_file(): raise ConfigError(f"--work {work} is a file: name a folder, new or of the same training")
     if work: options["work"] = work.resolve()
     model, tokenizer = room.load_pair(folder)
     try: small = room.compress(model, tokenizer, method, **options)
     except room.NotApplicable as reason: return typer.echo(f"not_applicable: {reason}")
-    if any(isinstance(m, PackedModule) for m in small.model.modules()): typer.echo(room.stored_table(small.model) + "\n")
+    if any(isinstance(m, PackedModule) for m in small.model.modules()): typer.echo(("Before the codes are coded:\n" if small.coding else "") + room.stored_table(small.model) + "\n")
     small.save(out)
     typer.echo(written(small, out, folder))
     typer.echo(f"what it costs in quality: itera-lite validate {out} --baseline {folder}")
