@@ -350,7 +350,8 @@ def first_problem(
     "A validation error's first problem in one line, with how many more there are."
     problem, more = error.errors(include_url=False)[0], error.error_count() - 1
     place = ".".join(map(str, problem["loc"]))
-    line = problem["msg"].removeprefix("Value error, ")
+    line, given = problem["msg"].removeprefix("Value error, "), problem.get("input")
+    if isinstance(given, str | int | float) and len(repr(given)) < 40 and repr(given) not in line: line += f" (given: {given!r})"
     return (f"{place}: {line}" if place else line) + (f" (and {more} more)" if more else "")
 
 # %% ../nbs/00_core.ipynb #68078e2a
