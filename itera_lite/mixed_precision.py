@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .core import ConfigError, Criteria, Row, unknown, write_atomic
 from .checkpoint import load_model, load_tokenizer, save_model
-from .evaluate import batch_for, evaluating, kl_and_agreement, row_from_folder
+from .evaluate import batch_for, evaluating, kl_and_agreement, peak_rss_bytes, row_from_folder
 from .formats import (PrecisionMap, affordable, compact_map, compress_model, coverage, decode, encode, packed_bytes, require_coverage, stem, tensor_shapes, unmatched_groups)
 from .quantize import quantize
 
@@ -341,9 +341,9 @@ def candidate_row(
 )->Row:
     "Save a candidate, have it measured by a fresh process, and make its row."
     technique, facts = f"mixed precision, {candidate.calibration}", {"precision": dict(candidate.rules), "seeds": seeds}
-    try: seconds = compress_to_folder(model, candidate, folder, tokenizer, percentile, min_coverage, windows)
+    try: facts |= {"compress_seconds": compress_to_folder(model, candidate, folder, tokenizer, percentile, min_coverage, windows), "compress_peak_rss_bytes": peak_rss_bytes()}
     except ConfigError as e: return Row(name=candidate.name, technique=technique, status="failed", reason=str(e), **facts)
-    row = row_from_folder(candidate.name, technique, folder, baseline=baseline, record_folder=record_folder, keep_going=True, row=facts | {"compress_seconds": seconds}, **settings)
+    row = row_from_folder(candidate.name, technique, folder, baseline=baseline, record_folder=record_folder, keep_going=True, row=facts, **settings)
     if row.speed and row.speed.storage != "fp32": row.speed.fallback = "torch computes in float32: packed weights are decoded each time they are used"
     return row
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .checkpoint import save_model
 from .comparison import Setting
 from .core import ConfigError, sha256_text, unknown, write_json
+from .evaluate import peak_rss_bytes
 from .formats import PackedModule, tensor_shapes
 from .model import CausalLM, Config, build_model, config_from_dict
 from .ssm import KERNELS
@@ -607,20 +608,20 @@ def recover(
     seed:int=0, # of the order of the data
     weight:float=1.0, # of the teacher, 0 … 1
     temperature:float=1.0,
-)->dict: # JSON: folder, tokens, seconds, val_bpb
-    "Train a model on, and save it."
+)->dict: # folder, tokens, seconds, val_bpb, best_step, peak_rss_bytes
+    "Train a model on, and save it; what is there already is read."
     facts = [weights_fingerprint(model), model.config.model_dump(mode="json"), teacher and weights_fingerprint(teacher), weight, temperature, config.model_dump(mode="json"), seed,
              *(hashlib.sha256(s.ids.numpy().tobytes()).hexdigest() for s in (setting.train_stream, setting.validation_stream))]
     folder = setting.folder/f"{name}-{sha256_text(json.dumps(facts, sort_keys=True))[:8]}"
-    if (folder/"result.json").exists(): return json.loads((folder/"result.json").read_text(encoding="utf-8"))
+    if (folder/"result.json").exists(): return json.loads((folder/"result.json").read_text(encoding="utf-8")) | dict(folder=(folder/"model").as_posix())
     student = copy.deepcopy(model)
     if teacher is not None: teach(student, copy.deepcopy(teacher), weight, temperature)
     with zeros_kept(student): ended = train(student, setting.train_stream, setting.validation_stream, config, folder, seed, progress=False)
     save_model(untaught(student), folder/"model", setting.tokenizer, card=getattr(model, "card", {}) | {"trained_on_for_tokens": ended.tokens, "teacher": "the unpruned model" if teacher else "none"})
-    result = dict(folder=(folder/"model").as_posix(), tokens=ended.tokens, seconds=ended.seconds, val_bpb=ended.best_val_bpb, best_step=ended.best_step)
+    result = dict(tokens=ended.tokens, seconds=ended.seconds, val_bpb=ended.best_val_bpb, best_step=ended.best_step, peak_rss_bytes=peak_rss_bytes())
     write_json(folder/"result.json", result)
     remove_checkpoints(folder)
-    return result
+    return result | dict(folder=(folder/"model").as_posix())
 
 # %% ../nbs/06_pruning.ipynb #c816427f
 def removal_figure(
