@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "$(CURDIR)" > $(READY)
 
 run: $(READY)  ## train, compress, measure and report: PRESET=smoke|laptop|gpu DATA=folder with the corpora
-	@$(BIN)/python -m itera_lite.cli run --preset $(PRESET) $(ARGS)
+	@$(BIN)/python -m itera_lite.app.cli run --preset $(PRESET) $(ARGS)
 
 test: lint tests notebooks  ## every check (not the slow ones)
 	@echo "All checks passed."
@@ -72,10 +72,10 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 		--TagRemovePreprocessor.remove_input_tags=hide_input --output='$(abspath $(README))' nbs/index.ipynb
 
 bench: $(READY)  ## measure against the peers: tokens per second, same shapes, one process
-	@$(BIN)/python -m itera_lite.cli bench $(ARGS)
+	@$(BIN)/python -m itera_lite.app.cli bench $(ARGS)
 
 site: $(READY)  ## the report site of the published runs
-	@$(BIN)/python -m itera_lite.cli report papermill_runs/published/* --out papermill_runs/site
+	@$(BIN)/python -m itera_lite.app.cli report papermill_runs/published/* --out papermill_runs/site
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=.

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def itera_lite(*words, cwd=ROOT, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "itera_lite.cli", *map(str, words)],
+        [sys.executable, "-m", "itera_lite.app.cli", *map(str, words)],
         cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240,
     )
 
@@ -22,7 +22,7 @@ def itera_lite(*words, cwd=ROOT, **environment):
 def test_help_imports_nothing_heavy():
     code = """
 import sys
-from itera_lite.cli import main
+from itera_lite.app.cli import main
 try: main(["--help"])
 except SystemExit as exit: assert exit.code == 0
 heavy = {"torch", "numpy", "papermill", "plotly", "pydantic", "rich"} & sys.modules.keys()
@@ -33,10 +33,12 @@ assert not heavy, heavy
 
 def test_each_command_has_help():
     listed = itera_lite("--help").stdout.split("Commands:")[1].splitlines()
-    commands = [line.split()[0] for line in listed if line.strip() and line.startswith("  ") and not line.startswith("   ")]
+    commands = [
+        line.split()[0] for line in listed if line.strip() and line.startswith("  ") and not line.startswith("   ")
+    ]
     assert {"doctor", "models", "run", "report", "generate", "compress", "validate", "bench"} <= set(commands)
     code = f"""
-from itera_lite.cli import main
+from itera_lite.app.cli import main
 for command in {commands!r}:
     try: main([command, "--help"])
     except SystemExit as exit: assert exit.code == 0, command
@@ -45,10 +47,12 @@ for command in {commands!r}:
 
 
 BAD = {
-    "command": (["rum"], "No such command 'rum'"),
-    "option": (["run", "--presset", "smoke"], "--presset"),
+    "command": (["rum"], "No such command 'rum'"), "option": (["run", "--presset", "smoke"], "--presset"),
     "number": (["run", "--notebooks", "03", "-p", "max_tokens=many"], "max_tokens"),
-    "preset": (["run", "--preset", "smok"], "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?"),
+    "preset": (
+        ["run", "--preset", "smok"],
+        "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?",
+    ),
     "notebook": (["run", "--notebooks", "03,99"], "unknown notebook '99'"),
     "model": (["run", "--notebooks", "03", "--model", "tinny"], "unknown model 'tinny': allowed tiny"),
     "parameter": (["run", "--notebooks", "03", "-p", "sed=7"], "unknown parameter 'sed'"),
@@ -86,7 +90,11 @@ def test_bad_input_costs_one_line_and_nothing_else(words, said, tmp_path):
 
 def test_debug_shows_where_an_error_comes_from():
     done = itera_lite("run", "--preset", "smok", "--debug")
-    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "ConfigError: unknown preset 'smok'" in done.stderr
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("Traceback")
+        and "ConfigError: unknown preset 'smok'" in done.stderr
+    )
 
 
 @pytest.fixture
@@ -102,20 +110,27 @@ def toy_project(tmp_path):
 
 
 def test_error_inside_a_notebook_is_one_line_and_a_page(toy_project):
-    project = toy_project("from itera_lite.core import DataError\nraise DataError('vocab_size 512: this text supports 300')")
+    project = toy_project(
+        "from itera_lite.base.core import DataError\nraise DataError('vocab_size 512: this text supports 300')"
+    )
     done = itera_lite("run", "--notebooks", "03", cwd=project)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("itera-lite: 03_training failed in cell 2 ") and "vocab_size 512: this text supports 300" in line
+    assert (
+        line.startswith("itera-lite: 03_training failed in cell 2 ")
+        and "vocab_size 512: this text supports 300" in line
+    )
     assert done.stdout.startswith("report: file://") and (project / "papermill_runs/smoke/site/index.html").is_file()
 
 
 def test_ctrl_c_ends_a_run_within_five_seconds(toy_project):
     project = toy_project(WAIT + "time.sleep(300)")
     process = subprocess.Popen(
-        [sys.executable, "-m", "itera_lite.cli", "run", "--notebooks", "03"],
-        cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell may have started the tests with it ignored
+        [sys.executable, "-m", "itera_lite.app.cli", "run", "--notebooks", "03"], cwd=project, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell may have started the tests with it ignored
     )
     wait_until((project / "pids").exists, 60 * BUSY)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the foreground

@@ -10,17 +10,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from itera_lite.checkpoint import load_model, load_tokenizer, model_bytes, read_config, save_model
-from itera_lite.cli import app, users_mistake
-from itera_lite.core import seed_everything
-from itera_lite.data import load_corpus, train_tokenizer
-from itera_lite.formats import tensor_precisions, tensor_shapes
-from itera_lite.model import build_model, named_config
+from itera_lite.checkpoints.folder import load_model, load_tokenizer, model_bytes, read_config, save_model
+from itera_lite.app.cli import app, users_mistake
+from itera_lite.base.core import seed_everything
+from itera_lite.base.data import load_corpus, train_tokenizer
+from itera_lite.storage.formats import tensor_precisions, tensor_shapes
+from itera_lite.models.model import build_model, named_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(vocab_size=320, hidden_size=32, num_layers=2, max_seq_length=64)
 KINDS = {
-    "s4": ("micro", {}), "mamba": ("micro", {"kernel": "mamba"}), "mamba2": ("micro", {"kernel": "mamba2", "ssm_head_size": 16}),
+    "s4": ("micro", {}), "mamba": ("micro", {"kernel": "mamba"}),
+    "mamba2": ("micro", {"kernel": "mamba2", "ssm_head_size": 16}),
     "transformer": ("transformer-tiny", {"ffn_size": 64, "num_heads": 4}),
 }
 
@@ -77,17 +78,23 @@ METHODS = {
 }
 
 
-EVERYWHERE = ("inline map", "gptq", "coded", "activations", "prune", "vocabulary")  # on each kind of model; the rest on one
+EVERYWHERE = (
+    "inline map", "gptq", "coded", "activations", "prune", "vocabulary",
+)  # on each kind of model; the rest on one
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in METHODS for kind in KINDS if kind == "s4" or name in EVERYWHERE])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in METHODS for kind in KINDS if kind == "s4" or name in EVERYWHERE]
+)
 def test_each_method_gives_a_smaller_folder_that_runs(name, kind, place):
     words = METHODS[name]
     printed, line, status = compress(place, *words, kind=kind)
     assert (line, status) == ("", 0)
     before, after = model_bytes(place / kind)[0], model_bytes(place / "out")[0]
     assert after < before
-    assert any(p.startswith(f"ratio {before / after:.2f}, ") and " s, peak memory " in p and p.endswith(" MB") for p in printed), printed
+    assert any(
+        p.startswith(f"ratio {before / after:.2f}, ") and " s, peak memory " in p and p.endswith(" MB") for p in printed
+    ), printed
     model, tokenizer = load_model(place / "out"), load_tokenizer(place / "out")
     ids = torch.tensor([tokenizer.encode("Once there was").ids])
     with torch.inference_mode():
@@ -98,7 +105,11 @@ def test_each_method_gives_a_smaller_folder_that_runs(name, kind, place):
 def test_what_was_asked_for_is_in_the_folder(place):
     compress(place, "--map", '{"embedding": "int4", "*norm*": "fp16", "*": "int8"}')
     stored = tensor_precisions(load_model(place / "out"))
-    assert stored["embedding.weight"] == "int4" and stored["norm_f.weight"] == "fp16" and stored["layers.0.ssm.in_proj.weight"] == "int8"
+    assert (
+        stored["embedding.weight"] == "int4"
+        and stored["norm_f.weight"] == "fp16"
+        and stored["layers.0.ssm.in_proj.weight"] == "int8"
+    )
     compress(place, *METHODS["coded"])
     assert read_config(place / "out").coding == "huffman"
     compress(place, *METHODS["prune"])
@@ -123,18 +134,30 @@ REFUSED = {
         ["--map", '{"layers.*.ssm.dt_prj": "int8", "*": "fp16"}'],
         "'layers.*.ssm.dt_prj' names no tensor of this model; did you mean 'layers.*.ssm.dt_proj'?",
     ),
-    "map names a layer that is not there": (["--map", '{"layers.7.ssm.in_proj": "int8", "*": "fp16"}'], "'layers.7.ssm.in_proj' names no tensor"),
-    "group does not divide": (["--precision", "int4-g33"], "groups of 33 do not divide rows of 32 weights; sizes that do: 32, 16"),
-    "group does not divide, gptq": (["--method", "gptq", "--precision", "int3-g48", *CALIBRATED], "groups of 48 do not divide"),
+    "map names a layer that is not there": (
+        ["--map", '{"layers.7.ssm.in_proj": "int8", "*": "fp16"}'], "'layers.7.ssm.in_proj' names no tensor",
+    ),
+    "group does not divide": (
+        ["--precision", "int4-g33"], "groups of 33 do not divide rows of 32 weights; sizes that do: 32, 16",
+    ),
+    "group does not divide, gptq": (
+        ["--method", "gptq", "--precision", "int3-g48", *CALIBRATED], "groups of 48 do not divide",
+    ),
     "precision does not exist": (["--precision", "int9"], "unknown precision 'int9': allowed fp32"),
     "bit width does not exist": (["--bits", 9], "bits 9"),
     "bit width is a fraction": (["--bits", 3.5], "bits 3.5: allowed are whole numbers from 2 to 8"),
     "bits out of reach": (["--method", "coded", "--bits", 12, *CALIBRATED], "bits 12.0"),
     "precision in a map does not exist": (["--map", '{"*": "int1"}'], "unknown precision 'int1'"),
     "calibration set is empty": (["--method", "gptq", "--text", "EMPTY"], "empty"),
-    "calibration set is too short": (["--method", "gptq", "--text", "SHORT"], "calibration_tokens asks for 4,096: give more text, or ask for fewer"),
-    "calibration of no token": (["--method", "gptq", "--text", "TEXT", "--calibration-tokens", 0], "calibration_tokens 0: one window takes 64"),
-    "pruning, calibration too short": (["--method", "prune", "--recipe", "ffn=0.5", "--text", "SHORT"], "give more text"),
+    "calibration set is too short": (
+        ["--method", "gptq", "--text", "SHORT"], "calibration_tokens asks for 4,096: give more text, or ask for fewer",
+    ),
+    "calibration of no token": (
+        ["--method", "gptq", "--text", "TEXT", "--calibration-tokens", 0], "calibration_tokens 0: one window takes 64",
+    ),
+    "pruning, calibration too short": (
+        ["--method", "prune", "--recipe", "ffn=0.5", "--text", "SHORT"], "give more text",
+    ),
     "no text": (["--method", "qat"], "give text (--text)"),
     "text is not there": (["--method", "gptq", "--text", "no/such.txt"], "no text at no/such.txt"),
     "all experts": (["--method", "prune", "--recipe", "experts=1.0"], "removing 1 of experts leaves 0 of 4"),
@@ -148,14 +171,17 @@ REFUSED = {
     "map file is not there": (["--map", "no/such.yaml"], "unknown precision map 'no/such.yaml'"),
     "map file is not YAML": (["--map", "BROKEN"], "is not YAML"),
     "map file is a folder": (["--map", "FOLDER"], "Is a directory"),
-    "map file holds a list": (["--map", "LIST"], "not list"),
-    "map is not JSON": (["--map", '{"*": '], "is not JSON"),
+    "map file holds a list": (["--map", "LIST"], "not list"), "map is not JSON": (["--map", '{"*": '], "is not JSON"),
     "map is not complete": (["--map", '{"embedding": "int8"}'], "undecided"),
     "unknown method": (["--method", "zip"], "unknown method 'zip': allowed quantize, gptq"),
     "option of another method": (["--method", "vocabulary", "--tokens", 5], "method vocabulary takes no tokens"),
     "two answers": (["--bits", 4, "--precision", "int4"], "both given"),
-    "student with unknown field": (["--method", "distill", "--recipe", "hidden_sise=16", "--text", "TEXT"], "hidden_sise"),
-    "vocabulary below the bytes": (["--method", "vocabulary", "--size", 100, "--text", "TEXT"], "vocabulary of 100: allowed are 257"),
+    "student with unknown field": (
+        ["--method", "distill", "--recipe", "hidden_sise=16", "--text", "TEXT"], "hidden_sise",
+    ),
+    "vocabulary below the bytes": (
+        ["--method", "vocabulary", "--size", 100, "--text", "TEXT"], "vocabulary of 100: allowed are 257",
+    ),
     "number is a word": (["--calibration-tokens", "many"], "--calibration-tokens"),
 }
 
@@ -164,7 +190,10 @@ REFUSED = {
 def test_bad_input_costs_one_line_and_writes_nothing(words, said, place, tmp_path):
     (tmp_path / "broken.yaml").write_text("{: nothing")
     (tmp_path / "list.yaml").write_text("- int8\n")
-    named = {"EMPTY": place / "empty.txt", "SHORT": place / "short.txt", "BROKEN": tmp_path / "broken.yaml", "LIST": tmp_path / "list.yaml", "FOLDER": tmp_path}
+    named = {
+        "EMPTY": place / "empty.txt", "SHORT": place / "short.txt", "BROKEN": tmp_path / "broken.yaml",
+        "LIST": tmp_path / "list.yaml", "FOLDER": tmp_path,
+    }
     before = sorted(p.name for p in place.iterdir())
     printed, line, status = compress(place, *(named.get(w, w) for w in words), out="refused")
     told = line or "\n".join(printed)  # a word for a number is refused by the parser, before the program
@@ -197,7 +226,9 @@ def test_nothing_to_remove_is_an_answer_and_no_error(place):
         assert not (place / "none").exists()
     save_model(build_model(named_config("micro", **SMALL, num_experts=2)), place / "two")
     printed, _, status = compress(place, "--method", "prune", "--recipe", "experts=0.5", kind="two", out="none")
-    assert status == 0 and printed == ["not_applicable: no experts can go: each token chooses all 2 of them (top_k_experts)"]
+    assert status == 0 and printed == [
+        "not_applicable: no experts can go: each token chooses all 2 of them (top_k_experts)"
+    ]
     printed, _, status = compress(place, "--method", "prune", "--recipe", "ffn=0.5,heads=0.5", out="some")
     assert status == 0 and any(p.startswith("note: heads left out: ") for p in printed)
 
@@ -212,7 +243,9 @@ def test_converted_checkpoints_are_compressed(place, tmp_path):
     """A Hugging Face Mamba, in FP16, without a tokenizer, as `convert` writes it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.MambaConfig(vocab_size=320, hidden_size=32, state_size=8, num_hidden_layers=2, intermediate_size=64, time_step_rank=4)
+    config = transformers.MambaConfig(
+        vocab_size=320, hidden_size=32, state_size=8, num_hidden_layers=2, intermediate_size=64, time_step_rank=4
+    )
     transformers.MambaForCausalLM(config).half().save_pretrained(tmp_path / "hf")
     foreign = CliRunner().invoke(app, ["compress", str(tmp_path / "hf"), "--out", str(tmp_path / "no")])
     assert "itera-lite convert" in str(foreign.exception)
@@ -229,7 +262,7 @@ def test_converted_checkpoints_are_compressed(place, tmp_path):
 
 def program(*words):
     return subprocess.run(
-        [sys.executable, "-m", "itera_lite.cli", "compress", *map(str, words)],
+        [sys.executable, "-m", "itera_lite.app.cli", "compress", *map(str, words)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )
 
@@ -239,4 +272,9 @@ def test_as_a_process(place, tmp_path):
     assert done.returncode == 0 and done.stderr == "" and "ratio " in done.stdout
     done = program("no/such/model", "--out", tmp_path / "refused")
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and done.stdout == "" and line.startswith("itera-lite: no/such/model") and not (tmp_path / "refused").exists()
+    assert (
+        done.returncode == 1
+        and done.stdout == ""
+        and line.startswith("itera-lite: no/such/model")
+        and not (tmp_path / "refused").exists()
+    )

@@ -9,14 +9,15 @@ import pytest
 import torch
 from scipy.special import erf
 
-from itera_lite.checkpoint import load_model
-from itera_lite.convert import convert, export_huggingface
-from itera_lite.layouts import from_native
-from itera_lite.model import build_model, config_from_dict
+from itera_lite.checkpoints.folder import load_model
+from itera_lite.checkpoints.convert import convert, export_huggingface
+from itera_lite.checkpoints.layouts import from_native
+from itera_lite.models.model import build_model, config_from_dict
 
 LEGACY = Path(__file__).resolve().parents[2] / "shared/legacy"
 PUBLISHED_FIELDS = {
-    *"vocab_size hidden_size num_layers ssm_state_size ssm_conv_kernel ssm_expand_factor num_experts expert_size top_k_experts moe_layers".split(),
+    *"vocab_size hidden_size num_layers ssm_state_size ssm_conv_kernel ssm_expand_factor num_experts expert_size"
+    " top_k_experts moe_layers".split(),
     *"load_balance_loss_weight max_seq_length dropout layer_norm_eps use_flash_attn gradient_checkpointing".split(),
 }
 TOLERANCE = 1e-4  # relative, float32 against float64
@@ -54,7 +55,9 @@ def published_logits(file, ids, top_k=2):
         inner, gate = np.split(projected, 2, -1)
         taps = w[f"{p}.conv1d.weight"][:, 0]
         padded = np.concatenate([np.zeros((taps.shape[1] - 1, inner.shape[1])), inner])
-        inner = silu(np.stack([(padded[t : t + taps.shape[1]].T * taps).sum(1) for t in range(len(ids))]) + w[f"{p}.conv1d.bias"])
+        inner = silu(
+            np.stack([(padded[t : t + taps.shape[1]].T * taps).sum(1) for t in range(len(ids))]) + w[f"{p}.conv1d.bias"]
+        )
         s = f"{p}.ssm"
         dt = np.log1p(np.exp(inner @ w[f"{s}.delta_proj.weight"].T + w[f"{s}.delta_proj.bias"])).mean(-1)
         h, out = np.zeros(len(w[f"{s}.A_log"])), []
@@ -64,7 +67,10 @@ def published_logits(file, ids, top_k=2):
         x = x + (np.stack(out) * silu(gate)) @ w[f"{p}.out_proj.weight"].T
         m = f"layers.{i}.moe"
         if f"{m}.ffn.w1.weight" in w:
-            x = x + feed_forward(layer_norm(x, w[f"{m}.norm.weight"], w[f"{m}.norm.bias"]), w[f"{m}.ffn.w1.weight"], w[f"{m}.ffn.w2.weight"])
+            x = x + feed_forward(
+                layer_norm(x, w[f"{m}.norm.weight"], w[f"{m}.norm.bias"]), w[f"{m}.ffn.w1.weight"],
+                w[f"{m}.ffn.w2.weight"],
+            )
             continue
         m = f"{m}.layer" if f"{m}.layer.norm.weight" in w else f"{m}.moe"
         if not w.get(f"{m}.router.gate.weight", np.zeros(0)).size:
@@ -99,14 +105,21 @@ def far_from_initial(config):
 def test_published_layouts(tmp_path, layout, half, with_config):
     config = config_from_dict(dict(vocab_size=90, hidden_size=16, num_layers=3, expert_size=12, max_seq_length=32))
     file = from_native({n: p.detach() for n, p in far_from_initial(config).named_parameters()}, layout)
-    file["lm_head.weight"] = file["embeddings.token_embeddings.weight" if "older" in layout else "embedding.weight"].clone()
+    file["lm_head.weight"] = file[
+        "embeddings.token_embeddings.weight" if "older" in layout else "embedding.weight"
+    ].clone()
     file["layers.1.moe." + ("moe" if "moe.moe" in layout else "layer") + ".router.expert_counts"] = torch.arange(4.0)
     if half:
         file = {n: t.half() if "proj" in n or "embed" in n or "lm_head" in n else t for n, t in file.items()}
-    stored = dict(config.model_dump(mode="json"), use_flash_attn=False, gradient_checkpointing=True) if with_config else None
+    stored = (
+        dict(config.model_dump(mode="json"), use_flash_attn=False, gradient_checkpointing=True) if with_config else None
+    )
     if stored:
         stored = {k: v for k, v in stored.items() if k in PUBLISHED_FIELDS}
-    torch.save(dict(model_state_dict=file, config=stored, compression_ratio=2.0) if with_config else file, tmp_path / "source.pt")
+    torch.save(
+        dict(model_state_dict=file, config=stored, compression_ratio=2.0) if with_config else file,
+        tmp_path / "source.pt",
+    )
     convert(tmp_path / "source.pt", tmp_path / "model")
     ids = torch.randint(0, 90, (25,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -130,13 +143,19 @@ def test_published_files(tmp_path, name):
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "shards"])
 def test_hugging_face_folders(tmp_path, kind, weights):
-    transformers = pytest.importorskip("transformers", reason="Hugging Face's models come with pip install 'itera-lite[bench]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="Hugging Face's models come with pip install 'itera-lite[bench]'"
+    )
     torch.manual_seed(0)
-    shape = dict(vocab_size=70, hidden_size=32, num_hidden_layers=2, state_size=6, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    shape = dict(
+        vocab_size=70, hidden_size=32, num_hidden_layers=2, state_size=6, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
     if kind == "mamba":
         theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).eval()
     else:
-        theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**shape, head_dim=16, num_heads=4, n_groups=2)).eval()
+        theirs = transformers.Mamba2ForCausalLM(
+            transformers.Mamba2Config(**shape, head_dim=16, num_heads=4, n_groups=2)
+        ).eval()
     folder = tmp_path / "theirs"
     theirs.save_pretrained(folder, max_shard_size="10KB" if weights == "shards" else "1GB")
     if weights == "pytorch_model.bin":

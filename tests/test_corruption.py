@@ -10,13 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from itera_lite.checkpoint import load_model, save_model
-from itera_lite.convert import build_imported, read_source
-from itera_lite.core import CheckpointError
-from itera_lite.formats import compress_model
-from itera_lite.layouts import from_native
-from itera_lite.model import build_model, config_from_dict
-from itera_lite.untrusted import scan
+from itera_lite.checkpoints.folder import load_model, save_model
+from itera_lite.checkpoints.convert import build_imported, read_source
+from itera_lite.base.core import CheckpointError
+from itera_lite.storage.formats import compress_model
+from itera_lite.checkpoints.layouts import from_native
+from itera_lite.models.model import build_model, config_from_dict
+from itera_lite.checkpoints.untrusted import scan
 
 FOLDERS, FOREIGN, PICKLED = 1200, 500, 300
 KERNELS = {"s4": {}, "mamba": {"kernel": "mamba"}, "mamba2": {"kernel": "mamba2", "ssm_head_size": 8, "ssm_groups": 2}}
@@ -25,13 +25,20 @@ KINDS = ("truncate", "flip", "append", "shape", "missing", "extra", "dtype")
 
 def model_of(kernel):
     torch.manual_seed(0)
-    return build_model(config_from_dict({"vocab_size": 30, "hidden_size": 16, "num_layers": 2, "max_seq_length": 8, "expert_size": 8} | KERNELS[kernel])).eval()
+    return build_model(
+        config_from_dict(
+            {"vocab_size": 30, "hidden_size": 16, "num_layers": 2, "max_seq_length": 8, "expert_size": 8}
+            | KERNELS[kernel]
+        )
+    ).eval()
 
 
 def same(a, b):
     """Whether two models are one: architecture, names, every stored number."""
     first, second = a.state_dict(), b.state_dict()
-    return a.config == b.config and first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    return (
+        a.config == b.config and first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    )
 
 
 def change_tensors(kind, tensors, draw):
@@ -39,7 +46,11 @@ def change_tensors(kind, tensors, draw):
     name = draw.choice([n for n in sorted(tensors) if kind != "shape" or "embedding" not in n])
     tensor = tensors[name]
     if kind == "shape":
-        tensors[name] = tensor[..., :-1].contiguous() if tensor.dim() and tensor.shape[-1] > 1 and draw.random() < 0.5 else torch.cat([tensor, tensor])
+        tensors[name] = (
+            tensor[..., :-1].contiguous()
+            if tensor.dim() and tensor.shape[-1] > 1 and draw.random() < 0.5
+            else torch.cat([tensor, tensor])
+        )
     elif kind == "missing":
         del tensors[name]
     elif kind == "extra":
@@ -104,12 +115,17 @@ def test_model_folders(tmp_path):
             del config["sha256"]
             config["weights"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
             (damaged / "config.json").write_text(json.dumps(config))
-        line = refused_or_same(lambda f=damaged: load_model(f), lambda found, m=model: same(found, m), f"seed {seed}: {kind} of {path.name}")
+        line = refused_or_same(
+            lambda f=damaged: load_model(f), lambda found, m=model: same(found, m),
+            f"seed {seed}: {kind} of {path.name}",
+        )
         refused += line is not None
         if name is not None:
             assert line is not None, f"seed {seed}: {kind} of {name!r} in {path.name} was not noticed"
             stem = name.split(".part-")[0]
-            assert stem in line or path.name in line or "index" in line, f"seed {seed}: {kind} of {name!r}: the line does not name it: {line}"
+            assert (
+                stem in line or path.name in line or "index" in line
+            ), f"seed {seed}: {kind} of {name!r}: the line does not name it: {line}"
     print(f"{refused} of {FOLDERS} damaged folders refused, the others unharmed")
 
 
@@ -136,7 +152,10 @@ def test_foreign_safetensors(tmp_path, layout):
             tensors = dict(weights)
             name = change_tensors(kind, tensors, draw)
             path.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-        line = refused_or_same(lambda: build_imported(read_source(path)), lambda found: same(found, original), f"{layout}, seed {seed}: {kind} of {name}")
+        line = refused_or_same(
+            lambda: build_imported(read_source(path)), lambda found: same(found, original),
+            f"{layout}, seed {seed}: {kind} of {name}",
+        )
         refused += line is not None
     assert refused > FOREIGN // 4 * 0.8
     print(f"{refused} of {FOREIGN // 4} damaged files refused, the others unharmed")
@@ -144,7 +163,10 @@ def test_foreign_safetensors(tmp_path, layout):
 
 def test_pickled_files(tmp_path):
     path = tmp_path / "model.pt"
-    torch.save({"model_state_dict": from_native({n: p.detach() for n, p in model_of("s4").named_parameters()}, "published")}, path)
+    torch.save(
+        {"model_state_dict": from_native({n: p.detach() for n, p in model_of("s4").named_parameters()}, "published")},
+        path,
+    )
     whole, plan = path.read_bytes(), scan(path)
     refused = 0
     for seed in range(PICKLED):

@@ -10,12 +10,12 @@ STUDENT = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from itera_lite.core import seed_everything
-from itera_lite.data import encode_documents, load_corpus, train_tokenizer
-from itera_lite.distill import Notes, distill
-from itera_lite.model import build_model, named_config
-from itera_lite.teacher import weights_fingerprint
-from itera_lite.train import TrainConfig, TrainingInterrupted
+from itera_lite.base.core import seed_everything
+from itera_lite.base.data import encode_documents, load_corpus, train_tokenizer
+from itera_lite.methods.distill import Notes, distill
+from itera_lite.models.model import build_model, named_config
+from itera_lite.training.teacher import weights_fingerprint
+from itera_lite.training.train import TrainConfig, TrainingInterrupted
 
 folder, stop_at = sys.argv[1], int(sys.argv[2])
 corpus = load_corpus("stories", limit_documents=60)
@@ -41,7 +41,9 @@ print(weights_fingerprint(student), len(calls))
 
 
 def learn(folder, stop_at=0):
-    process = subprocess.run([sys.executable, "-c", STUDENT, str(folder), str(stop_at)], cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", STUDENT, str(folder), str(stop_at)], cwd=ROOT, capture_output=True, text=True
+    )
     return process.returncode, process.stdout.split(), process.stderr.strip().splitlines()[-1:]
 
 

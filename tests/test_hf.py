@@ -1,4 +1,4 @@
-"""EleutherAI's harness scores our folders, dense and packed, and says what `itera_lite.evaluate` says."""
+"""EleutherAI's harness scores our folders, dense and packed, and says what `itera_lite.evaluation.evaluate` says."""
 
 import json
 import math
@@ -11,16 +11,18 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-hf = pytest.importorskip("itera_lite.hf", exc_type=Exception, reason="pip install 'itera-lite[hf]'")
+hf = pytest.importorskip(
+    "itera_lite.checkpoints.huggingface", exc_type=Exception, reason="pip install 'itera-lite[hf]'"
+)
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'itera-lite[hf]'")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from itera_lite.checkpoint import load_model, load_tokenizer, save_model  # noqa: E402
-from itera_lite.data import EOS, load_corpus, train_tokenizer  # noqa: E402
-from itera_lite.evaluate import score_documents  # noqa: E402
-from itera_lite.formats import compress_model, storage_bytes  # noqa: E402
-from itera_lite.model import build_model, config_from_dict, generate  # noqa: E402
+from itera_lite.checkpoints.folder import load_model, load_tokenizer, save_model  # noqa: E402
+from itera_lite.base.data import EOS, load_corpus, train_tokenizer  # noqa: E402
+from itera_lite.evaluation.evaluate import score_documents  # noqa: E402
+from itera_lite.storage.formats import compress_model, storage_bytes  # noqa: E402
+from itera_lite.models.model import build_model, config_from_dict, generate  # noqa: E402
 
 MIXED = {"embedding*": "int8", "*.in_proj": "int8-tensor", "*norm*": "fp32", "*": "fp16"}
 ARCHITECTURES = {
@@ -92,7 +94,9 @@ def tasks(corpus, tmp_path_factory):
 
 def make_folder(name, precision, tokenizer, folder):
     torch.manual_seed(0)
-    model = build_model(config_from_dict(dict(vocab_size=300, hidden_size=32, num_layers=2, max_seq_length=256) | ARCHITECTURES[name])).eval()
+    model = build_model(
+        config_from_dict(dict(vocab_size=300, hidden_size=32, num_layers=2, max_seq_length=256) | ARCHITECTURES[name])
+    ).eval()
     for parameter in model.parameters():
         parameter.data.mul_(1.5)  # choices that differ from each other
     save_model(compress_model(model, precision) if precision else model, folder, tokenizer)
@@ -109,15 +113,22 @@ def log_likelihood(model, tokenizer, context, continuation):
         return -model.token_nll(ids[:, :-1], ids[:, 1:])[0, skip:].double().sum().item()
 
 
-CASES = [(name, precision, "ours") for name in ARCHITECTURES for precision in (None, MIXED)] + [("s4", MIXED, "exported"), ("mamba", None, "exported")]
+CASES = [(name, precision, "ours") for name in ARCHITECTURES for precision in (None, MIXED)] + [
+    ("s4", MIXED, "exported"), ("mamba", None, "exported"),
+]
 
 
-@pytest.mark.parametrize("name, precision, kind", CASES, ids=[f"{name}-{'mixed' if precision else 'fp32'}-{kind}" for name, precision, kind in CASES])
+@pytest.mark.parametrize(
+    "name, precision, kind", CASES,
+    ids=[f"{name}-{'mixed' if precision else 'fp32'}-{kind}" for name, precision, kind in CASES],
+)
 def test_harness_agrees_with_our_evaluation(name, precision, kind, tokenizer, tasks, tmp_path):
     own = make_folder(name, precision, tokenizer, tmp_path / "model")
     folder = own if kind == "ours" else hf.export(own, tmp_path / "exported")
     yaml_folder, rows = tasks
-    language_model = hf.harness(folder, batch_size=4, softmax_dtype="float64")  # sums of hundreds of nats, to four decimals
+    language_model = hf.harness(
+        folder, batch_size=4, softmax_dtype="float64"
+    )  # sums of hundreds of nats, to four decimals
     if precision:
         assert storage_bytes(language_model.model.lm) == storage_bytes(load_model(own))  # packed in memory too
     manager = TaskManager(include_path=str(yaml_folder), include_defaults=False)
@@ -146,8 +157,11 @@ def test_harness_agrees_with_our_evaluation(name, precision, kind, tokenizer, ta
 def test_command_line_in_a_fresh_process(tokenizer, tasks, tmp_path):
     """The harness's own command, offline, on a packed model folder."""
     own = make_folder("s4", MIXED, tokenizer, tmp_path / "model")
-    command = [sys.executable, "-m", "itera_lite.hf", "run", "--model", "itera_lite", "--model_args", f"pretrained={own}", "--tasks", "stories_whole",
-               "--include_path", str(tasks[0]), "--output_path", str(tmp_path / "answer"), "--batch_size", "4"]
+    command = [
+        sys.executable, "-m", "itera_lite.checkpoints.huggingface", "run", "--model", "itera_lite", "--model_args",
+        f"pretrained={own}", "--tasks", "stories_whole", "--include_path", str(tasks[0]), "--output_path",
+        str(tmp_path / "answer"), "--batch_size", "4",
+    ]
     environment = os.environ | dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -160,8 +174,13 @@ def test_command_line_in_a_fresh_process(tokenizer, tasks, tmp_path):
 
 
 def test_only_this_module_needs_transformers():
-    modules = sorted(path.stem for path in (ROOT / "itera_lite").glob("[a-z]*.py") if path.stem != "hf")
-    code = "import sys; sys.modules['transformers'] = sys.modules['lm_eval'] = None; " + "; ".join(f"import itera_lite.{module}" for module in modules)
+    modules = sorted(
+        ".".join(path.relative_to(ROOT / "itera_lite").with_suffix("").parts)
+        for path in (ROOT / "itera_lite").rglob("[a-z]*.py") if path.stem != "huggingface"
+    )
+    code = "import sys; sys.modules['transformers'] = sys.modules['lm_eval'] = None; " + "; ".join(
+        f"import itera_lite.{module}" for module in modules
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -17,13 +17,37 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb") if not path.name.startswith("_"))
-LIBRARY = {"03a_teacher", "08c_compress"}  # rooms among the experiments that only define
-EXPERIMENTS = [path for path in NOTEBOOKS if re.match(r"(0[3-9]|1[0-2])", path.name) and path.stem not in LIBRARY]
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted(
+    path for path in NBS.rglob("*.ipynb") if not path.name.startswith("_") and ".ipynb_checkpoints" not in path.parts
+)
+LIBRARY = [path for path in NOTEBOOKS if path.parent != NBS]
+EXPERIMENTS = [path for path in NOTEBOOKS if path.parent == NBS and path.stem != "index"]
+FLOORS = (  # a room imports from folders on floors before its own, and from lower numbers in its own folder
+    ("base", "kernels"),
+    ("models",),
+    ("storage",),
+    ("checkpoints",),
+    ("evaluation",),
+    ("training", "runtime"),
+    ("methods",),
+    ("serving", "jobs", "reports"),
+    ("bench",),
+    ("app",),
+)
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+MAX_CELLS, MAX_EXPORTED_LINES, MAX_WIDTH = 60, 40, 120
 MAX_FILE_BYTES, MAX_PUBLISHED_BYTES = 2_500_000, 25_000_000
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+
+def room(path):
+    """A notebook's place: its folder and name, as in kernels/01_s4."""
+    return path.relative_to(NBS).with_suffix("").as_posix()
+
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=room)
+each_library = pytest.mark.parametrize("path", LIBRARY, ids=room)
+each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=room)
 
 
 def cells(path, kind=None):
@@ -32,6 +56,10 @@ def cells(path, kind=None):
 
 def source(cell):
     return "".join(cell["source"])
+
+
+def is_exported(cell):
+    return bool(re.match(r"#\|\s*exporti?\b", source(cell)))
 
 
 def syntax_tree(cell):
@@ -48,7 +76,8 @@ def module_of(path):
 def tracked_files():
     """Every file of the project: in git, or new and not ignored."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+        text=True, check=True,
     )
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
@@ -59,15 +88,32 @@ def tracked_files():
 @each_notebook
 def test_notebook_carries_no_outputs(path):
     for number, cell in enumerate(cells(path, "code")):
-        assert cell["outputs"] == [] and cell["execution_count"] is None, f"code cell {number}: run `make clean-notebooks`"
+        assert (
+            cell["outputs"] == [] and cell["execution_count"] is None
+        ), f"code cell {number}: run `make clean-notebooks`"
 
 
 @each_notebook
 def test_notebook_is_short_enough_to_read(path):
-    assert len(cells(path)) <= 80, "more than 80 cells: two notebooks"
+    assert len(cells(path)) <= MAX_CELLS, f"more than {MAX_CELLS} cells: two notebooks"
     for cell in cells(path, "code"):
-        if re.match(r"#\|\s*exporti?\b", source(cell)):
-            assert source(cell).count("\n") < 60, f"an exported cell of more than 60 lines: {source(cell)[:80]!r}"
+        assert max(map(len, source(cell).split("\n"))) <= MAX_WIDTH, f"a wider line than {MAX_WIDTH}: {source(cell)!r}"
+        if is_exported(cell):
+            lines = source(cell).count("\n") + 1
+            assert lines <= MAX_EXPORTED_LINES, f"an exported cell of {lines} lines: {source(cell)[:80]!r}"
+
+
+@each_library
+def test_library_notebook_exports_the_module_of_its_room(path):
+    assert re.fullmatch(r"\d\d[a-z]?_\w+", path.stem), "named by its number in the folder"
+    folder, module = path.parent.name, path.stem.split("_", 1)[1]
+    assert module_of(path) == f"{folder}.{module}" and folder in FLOOR
+
+
+@each_experiment
+def test_experiment_exports_nothing(path):
+    assert re.fullmatch(r"\d\d[a-z]?_\w+", path.stem)
+    assert module_of(path) is None and not any(is_exported(cell) for cell in cells(path, "code"))
 
 
 @each_experiment
@@ -82,22 +128,33 @@ def test_experiment_has_one_parameters_cell_of_literals(path):
     assert parameters["preset"] == "smoke" and parameters["out_dir"] == "" and parameters["data_dir"] == ""
 
 
-@each_notebook
-def test_notebook_imports_only_from_lower_rooms(path):
-    rooms = {module_of(other): other.stem for other in NOTEBOOKS if module_of(other)}
-    top = {"jobs", "report", "explore"}  # these use the others; only cli, explore and the README use them
+def imported_rooms(path):
+    """The modules of this project that a notebook imports, as folder.module."""
     for cell in cells(path, "code"):
         for node in ast.walk(syntax_tree(cell)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("itera_lite."):
-                imported = node.module.split(".")[1]
-            elif isinstance(node, ast.Import) and node.names[0].name.startswith("itera_lite."):
-                imported = node.names[0].name.split(".")[1]
-            else:
-                continue
-            if path.stem == "index":
-                continue
-            assert rooms[imported] <= path.stem, f"{path.stem} imports from {rooms[imported]}"
-            assert imported not in top - {module_of(path)} or module_of(path) in {"cli", "explore"}, f"{path.stem} imports {imported}"
+            if isinstance(node, ast.Import):
+                yield from (a.name.removeprefix("itera_lite.") for a in node.names if a.name.startswith("itera_lite."))
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("itera_lite."):
+                inner = node.module.removeprefix("itera_lite.")
+                yield from [inner] if "." in inner else [f"{inner}.{alias.name}" for alias in node.names]
+
+
+@each_library
+def test_library_notebook_imports_only_downwards(path):
+    numbers = {module_of(other): other.stem for other in LIBRARY}
+    folder = path.parent.name
+    for module in imported_rooms(path):
+        other = module.split(".")[0]
+        assert module in numbers, f"{room(path)} imports {module}, which no notebook exports"
+        if other == folder:
+            assert numbers[module] <= path.stem, f"{room(path)} imports {module}, which has a higher number"
+        else:
+            assert FLOOR[other] < FLOOR[folder], f"{room(path)} imports {module} from floor {FLOOR[other] + 1}"
+
+
+@each_experiment
+def test_experiment_imports_modules_that_exist(path):
+    assert set(imported_rooms(path)) <= {module_of(other) for other in LIBRARY}
 
 
 # The library
@@ -109,7 +166,7 @@ def test_library_and_notebooks_are_in_sync(tmp_path):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     before = {path.relative_to(tmp_path): path.read_bytes() for path in project_files(tmp_path)}
-    for module in (tmp_path / "itera_lite").glob("*.py"):
+    for module in (tmp_path / "itera_lite").rglob("*.py"):
         if "AUTOGENERATED" in module.read_text() or module.name == "_modidx.py":
             module.unlink()
     for command in ("nbdev_export", "nbdev_clean"):
@@ -127,7 +184,7 @@ def project_files(root):
 def test_library_reads_no_pickle():
     """A pickle from outside runs code when it is read; the project's formats are safetensors and JSON."""
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    for path in (ROOT / "itera_lite").glob("*.py"):
+    for path in (ROOT / "itera_lite").rglob("*.py"):
         if path.name == "untrusted.py":
             continue  # the one door for such files: tests/test_untrusted.py watches it
         for node in ast.walk(ast.parse(path.read_text())):
@@ -137,7 +194,9 @@ def test_library_reads_no_pickle():
                 assert (node.module or "").split(".")[0] not in modules, f"{path.name}:{node.lineno}"
             elif isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in {"torch.load", "torch.save"} and not called.endswith("read_pickle"), f"{path.name}:{node.lineno}"
+                assert called not in {"torch.load", "torch.save"} and not called.endswith(
+                    "read_pickle"
+                ), f"{path.name}:{node.lineno}"
                 assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), f"{path.name}:{node.lineno}"
 
 
@@ -164,10 +223,15 @@ def test_constraints_pin_all_that_an_installation_needs():
             continue
         seen.add(key)
         installed = distribution(requirement.name)
-        assert pins.get(key[0]) == installed.version.partition("+")[0], f"constraints.txt: {requirement.name} is {installed.version} here"
+        assert (
+            pins.get(key[0]) == installed.version.partition("+")[0]
+        ), f"constraints.txt: {requirement.name} is {installed.version} here"
         for line in installed.requires or []:
             needed = Requirement(line)
-            if any(needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in (requirement.extras or {""})):
+            if any(
+                needed.marker is None or needed.marker.evaluate({"extra": extra})
+                for extra in requirement.extras or {""}
+            ):
                 waiting.append(needed)
 
 
@@ -190,9 +254,14 @@ def test_no_absolute_path_of_a_machine():
 
 
 def test_readme_is_what_the_index_notebook_gives(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    }
     subprocess.run(
-        ["make", "--no-print-directory", "--assume-old=.venv/.ready", f"BIN={BIN}", f"README={tmp_path}/README.md", "readme"],
+        [
+            "make", "--no-print-directory", "--assume-old=.venv/.ready", f"BIN={BIN}", f"README={tmp_path}/README.md",
+            "readme",
+        ],
         cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
     )
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"

@@ -9,16 +9,18 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from itera_lite.checkpoint import save_model
-from itera_lite.core import CheckpointError
-from itera_lite.formats import compress_model, storage_bytes
-from itera_lite.inspector import PUBLISHED_MAP, first_seam, infer, inspect, meaning
-from itera_lite.layouts import LAYOUTS, config_to_hf, from_native, rename, to_native
-from itera_lite.mixed_precision import PUBLISHED
-from itera_lite.model import build_model, config_from_dict, named_config
+from itera_lite.checkpoints.folder import save_model
+from itera_lite.base.core import CheckpointError
+from itera_lite.storage.formats import compress_model, storage_bytes
+from itera_lite.checkpoints.inspector import PUBLISHED_MAP, first_seam, infer, inspect, meaning
+from itera_lite.checkpoints.layouts import LAYOUTS, config_to_hf, from_native, rename, to_native
+from itera_lite.methods.mixed_precision import PUBLISHED
+from itera_lite.models.model import build_model, config_from_dict, named_config
 
 LEGACY = Path(__file__).resolve().parents[2] / "shared/legacy"
-FREE = {"dropout", "layer_norm_eps", "load_balance_loss_weight", "ssm_dt_limit", "tie_embeddings", "num_heads"}  # leave no trace in shapes
+FREE = {
+    "dropout", "layer_norm_eps", "load_balance_loss_weight", "ssm_dt_limit", "tie_embeddings", "num_heads",
+}  # leave no trace in shapes
 
 
 def numbers(low, high):
@@ -30,13 +32,24 @@ def configs(draw):
     """Any configuration that this project can build, small."""
     flag = lambda: draw(st.booleans())  # noqa: E731
     layers, hidden = draw(numbers(1, 4)), draw(numbers(1, 12))
-    fields = {"vocab_size": draw(numbers(1, 20)), "hidden_size": hidden, "num_layers": layers, "max_seq_length": draw(numbers(1, 9))}
-    fields |= {"positions": draw(st.sampled_from(["learned", "none"])), "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])), "tie_embeddings": flag()}
+    fields = {
+        "vocab_size": draw(numbers(1, 20)), "hidden_size": hidden, "num_layers": layers,
+        "max_seq_length": draw(numbers(1, 9)),
+    }
+    fields |= {
+        "positions": draw(st.sampled_from(["learned", "none"])),
+        "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])), "tie_embeddings": flag(),
+    }
     if draw(numbers(0, 9)) == 0:
         heads = draw(st.sampled_from([h for h in range(1, hidden + 1) if hidden % h == 0]))
-        return config_from_dict(fields | {"model_type": "transformer", "num_heads": heads, "ffn_size": draw(numbers(1, 9))})
+        return config_from_dict(
+            fields | {"model_type": "transformer", "num_heads": heads, "ffn_size": draw(numbers(1, 9))}
+        )
     kernel, expand = draw(st.sampled_from(["s4", "mamba", "mamba2"])), draw(numbers(1, 4))
-    fields |= {"kernel": kernel, "ssm_expand_factor": expand, "ssm_state_size": draw(numbers(1, 9)), "ssm_conv_kernel": draw(numbers(1, 5))}
+    fields |= {
+        "kernel": kernel, "ssm_expand_factor": expand, "ssm_state_size": draw(numbers(1, 9)),
+        "ssm_conv_kernel": draw(numbers(1, 5)),
+    }
     fields |= {"conv_bias": flag(), "proj_bias": flag(), "feed_forward": flag()}
     if kernel == "mamba":
         fields["ssm_dt_rank"] = draw(st.none() | numbers(1, 6))
@@ -48,7 +61,10 @@ def configs(draw):
     if fields["feed_forward"]:
         experts = draw(numbers(0, 12))
         mixtures = draw(st.none() | st.sets(numbers(0, layers - 1)).map(sorted).map(tuple))
-        fields |= {"num_experts": experts, "top_k_experts": draw(numbers(min(1, experts), experts)), "expert_size": draw(numbers(1, 9)), "moe_layers": mixtures}
+        fields |= {
+            "num_experts": experts, "top_k_experts": draw(numbers(min(1, experts), experts)),
+            "expert_size": draw(numbers(1, 9)), "moe_layers": mixtures,
+        }
     return config_from_dict(fields)
 
 
@@ -64,7 +80,9 @@ def layouts_of(config, tensors):
     if config.model_type == "transformer":
         return []
     published = ["published", "published older", "published moe.moe"] * (config.kernel == "s4")
-    face = [config.kernel, "mamba_ssm"] * (config.kernel != "s4" and not config.feed_forward and config.norm == "rmsnorm" and config.positions == "none")
+    face = [config.kernel, "mamba_ssm"] * (
+        config.kernel != "s4" and not config.feed_forward and config.norm == "rmsnorm" and config.positions == "none"
+    )
     out = ["native"]
     for layout in published + face:
         family = "published" if layout in published else "hugging face"
@@ -114,9 +132,17 @@ def test_shapes_give_back_every_field_they_determine(config):
         values = {"model_type": inference.model_type} | inference.values
         assert not inference.contradictions
         assert values == want
-        assert all(inference.witnesses.get(f) for f in values if f != "model_type" and not (f == "moe_layers" and not config.feed_forward))
+        assert all(
+            inference.witnesses.get(f)
+            for f in values
+            if f != "model_type" and not (f == "moe_layers" and not config.feed_forward)
+        )
         assert not inference.values.keys() & inference.undetermined.keys()
-        built = tensors_of(inference.config()) if "num_heads" not in inference.undetermined or config.hidden_size % 4 == 0 else tensors
+        built = (
+            tensors_of(inference.config())
+            if "num_heads" not in inference.undetermined or config.hidden_size % 4 == 0
+            else tensors
+        )
         assert {n: t.shape for n, t in built.items()} == {n: t.shape for n, t in tensors.items()}
 
 
@@ -151,13 +177,17 @@ def lonely(config, tensors):
 @given(configs(), st.data())
 def test_one_wrong_dimension_is_found_and_its_tensor_named(config, data):
     tensors = tensors_of(config)
-    choices = [(n, axis) for n, t in tensors.items() for axis in range(t.dim()) if (n, axis) not in lonely(config, tensors)]
+    choices = [
+        (n, axis) for n, t in tensors.items() for axis in range(t.dim()) if (n, axis) not in lonely(config, tensors)
+    ]
     name, axis = data.draw(st.sampled_from(choices))
     shape = list(tensors[name].shape)
     shape[axis] += data.draw(st.sampled_from([1, 2, shape[axis], 5] + [-1] * (shape[axis] > 1)))
     wrong = infer(tensors | {name: torch.zeros(shape)})
     named = {t for c in wrong.contradictions for t in c.tensors}
-    assert name in named, f"{name} {tuple(tensors[name].shape)} → {tuple(shape)}: {[c.text for c in wrong.contradictions]}"
+    assert (
+        name in named
+    ), f"{name} {tuple(tensors[name].shape)} → {tuple(shape)}: {[c.text for c in wrong.contradictions]}"
     assert any(name in c.text for c in wrong.contradictions)
     with pytest.raises(CheckpointError, match="no configuration fits") as error:
         wrong.config()
@@ -184,12 +214,20 @@ def test_a_missing_or_foreign_tensor_is_named(config, data):
 @given(configs(), st.data())
 def test_a_stored_field_that_is_wrong_is_said_and_the_tensors_win(config, data):
     tensors, true = tensors_of(config), determined(config)
-    fields = [f for f, v in true.items() if f not in ("model_type", "kernel", "moe_layers") and not (f == "expert_size" and not config.feed_forward)]
+    fields = [
+        f
+        for f, v in true.items()
+        if f not in ("model_type", "kernel", "moe_layers") and not (f == "expert_size" and not config.feed_forward)
+    ]
     name = data.draw(st.sampled_from(fields))
     other = {"learned": "none", "none": "learned", "layernorm": "rmsnorm", "rmsnorm": "layernorm"}
-    value = not true[name] if isinstance(true[name], bool) else other[true[name]] if true[name] in other else true[name] + 1
+    value = (
+        not true[name] if isinstance(true[name], bool) else other[true[name]] if true[name] in other else true[name] + 1
+    )
     inference = infer(tensors, {"model_type": config.model_type, name: value})
-    assert any(c.field == name and c.stored and repr(value) in c.text for c in inference.contradictions), inference.contradictions
+    assert any(
+        c.field == name and c.stored and repr(value) in c.text for c in inference.contradictions
+    ), inference.contradictions
     assert inference.values[name] == true[name]
     with pytest.raises(CheckpointError):
         inference.config(strict=True)
@@ -197,17 +235,24 @@ def test_a_stored_field_that_is_wrong_is_said_and_the_tensors_win(config, data):
 
 PLAIN = st.none() | st.booleans() | numbers(-3, 10**30) | st.floats() | st.text(max_size=9)
 JUNK = PLAIN | st.lists(numbers(-1, 9), max_size=3) | st.dictionaries(st.text(max_size=3), numbers(0, 3))
-FAR = ["layers.99999999999999999999.ssm.B", "layers.0.moe.experts.4000000000.w1.weight", "layers.1.ffn.w1.weight", "layers.0.attn.qkv.weight", "x"]
+FAR = [
+    "layers.99999999999999999999.ssm.B", "layers.0.moe.experts.4000000000.w1.weight", "layers.1.ffn.w1.weight",
+    "layers.0.attn.qkv.weight", "x",
+]
 
 
 @settings(max_examples=200, deadline=None)
 @given(configs(), st.data())
 def test_junk_in_a_stored_configuration_is_one_line_at_most(config, data):
     tensors = tensors_of(config)
-    fields = data.draw(st.dictionaries(st.sampled_from([*type(config).model_fields, "use_flash_attn"]), JUNK, max_size=6))
+    fields = data.draw(
+        st.dictionaries(st.sampled_from([*type(config).model_fields, "use_flash_attn"]), JUNK, max_size=6)
+    )
     try:
         inference = infer(tensors, fields)
-        assert {n: t.shape for n, t in tensors_of(inference.config()).items()} == {n: t.shape for n, t in tensors.items()}
+        assert {n: t.shape for n, t in tensors_of(inference.config()).items()} == {
+            n: t.shape for n, t in tensors.items()
+        }
     except CheckpointError as error:
         assert "\n" not in str(error)
 
@@ -220,7 +265,9 @@ def test_junk_among_the_tensors_is_one_line_at_most(config, data):
     shapes = data.draw(st.dictionaries(st.sampled_from(names), st.lists(numbers(0, 5), max_size=4), max_size=30))
     keep = data.draw(st.booleans())
     try:
-        infer((tensors_of(config) if keep else {}) | {n: torch.empty(s, device="meta") for n, s in shapes.items()}).config()
+        infer(
+            (tensors_of(config) if keep else {}) | {n: torch.empty(s, device="meta") for n, s in shapes.items()}
+        ).config()
     except CheckpointError as error:
         assert "\n" not in str(error)
 
@@ -230,7 +277,11 @@ def test_junk_among_the_tensors_is_one_line_at_most(config, data):
 
 def test_the_published_map_is_the_one_that_is_measured():
     """Room 02ec may not import from room 07, and states it shorter."""
-    names = [n for c in ({}, {"kernel": "mamba"}, {"kernel": "mamba2", "ssm_head_size": 16}) for n in tensors_of(named_config("micro", **c))]
+    names = [
+        n
+        for c in ({}, {"kernel": "mamba"}, {"kernel": "mamba2", "ssm_head_size": 16})
+        for n in tensors_of(named_config("micro", **c))
+    ]
     names += list(from_native(tensors_of(named_config("micro")), "published")) + ["lm_head.weight"]
     for name in names:
         rules = [m[rule] if rule else None for m in (PUBLISHED_MAP, PUBLISHED) for rule in [m.match(name)]]
@@ -267,7 +318,10 @@ def test_seams_are_found_wherever_they_are(kernel, experts):
 
 def test_a_file_is_inspected_in_every_layout(tmp_path):
     torch.manual_seed(0)
-    every = {"s4": ["native", "published", "published older", "published moe.moe"], "mamba": ["mamba", "mamba_ssm"], "mamba2": ["mamba2", "mamba_ssm"]}
+    every = {
+        "s4": ["native", "published", "published older", "published moe.moe"], "mamba": ["mamba", "mamba_ssm"],
+        "mamba2": ["mamba2", "mamba_ssm"],
+    }
     for kernel, layouts in every.items():
         alone = {} if kernel == "s4" else {"norm": "rmsnorm", "feed_forward": False, "positions": "none"}
         config = named_config("micro", vocab_size=20, kernel=kernel, **alone)
@@ -288,14 +342,31 @@ def test_pickled_files_and_folders_are_inspected(tmp_path):
     model = build_model(config).eval()
     state = from_native(model.state_dict(), "published")
     lost = {n: t for n, t in state.items() if "experts" not in n and "router" not in n}
-    stored = {"vocab_size": 20, "num_experts": 0, "top_k_experts": 2, "moe_layers": [1], "hidden_size": 64, "use_flash_attn": False}
+    stored = {
+        "vocab_size": 20, "num_experts": 0, "top_k_experts": 2, "moe_layers": [1], "hidden_size": 64,
+        "use_flash_attn": False,
+    }
     half = {n: t.half() if PUBLISHED_MAP.match(n) else t for n, t in lost.items()}
-    torch.save({"model_state_dict": half, "config": stored, "mixed_precision_metadata": {"precision_map": dict(PUBLISHED_MAP)}}, tmp_path / "mixed.pt")
+    torch.save(
+        {
+            "model_state_dict": half, "config": stored,
+            "mixed_precision_metadata": {"precision_map": dict(PUBLISHED_MAP)},
+        },
+        tmp_path / "mixed.pt",
+    )
     report = inspect(tmp_path / "mixed.pt")
-    assert report.experts["lost"] and not report.runs and "top_k_experts 2" in report.contradictions[0] and len(report.contradictions) == 1
+    assert (
+        report.experts["lost"]
+        and not report.runs
+        and "top_k_experts 2" in report.contradictions[0]
+        and len(report.contradictions) == 1
+    )
     assert [c.holds for c in report.claims] == [False, True] and report.configuration["top_k_experts"] == 0
 
-    torch.save(half | {"embedding.weight": torch.quantize_per_tensor(state["embedding.weight"], 0.001, 0, torch.qint8)}, tmp_path / "embedding_int8.pt")
+    torch.save(
+        half | {"embedding.weight": torch.quantize_per_tensor(state["embedding.weight"], 0.001, 0, torch.qint8)},
+        tmp_path / "embedding_int8.pt",
+    )
     assert [c.holds for c in inspect(tmp_path / "embedding_int8.pt").claims] == [True]
     packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     torch.save({"model_state_dict": packed.state_dict()}, tmp_path / "dynamic.pt")
@@ -303,31 +374,44 @@ def test_pickled_files_and_folders_are_inspected(tmp_path):
     assert report.dtypes["int8"]["tensors"] == sum(isinstance(m, torch.nn.Linear) for m in model.modules())
     assert not report.contradictions and not report.runs and "(int8)" in report.seam
 
-    theirs = named_config("micro", vocab_size=20, kernel="mamba2", norm="rmsnorm", feed_forward=False, positions="none", ssm_head_size=16, ssm_groups=2)
+    theirs = named_config(
+        "micro", vocab_size=20, kernel="mamba2", norm="rmsnorm", feed_forward=False, positions="none", ssm_head_size=16,
+        ssm_groups=2,
+    )
     state = list(from_native(build_model(theirs).state_dict(), "mamba2").items())
     files = {f"pytorch_model-{i}.bin": dict(state[i::2]) for i in range(2)}
     for name, part in files.items():
         torch.save(part, tmp_path / name)
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {t: name for name, part in files.items() for t in part}}))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {t: name for name, part in files.items() for t in part}})
+    )
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(theirs) | {"dtype": "bfloat16"}))
     report = inspect(tmp_path)
-    assert (report.container, report.contradictions, report.runs) == ("Hugging Face folder (torch zip, 2 files)", [], True)
+    assert (report.container, report.contradictions, report.runs) == (
+        "Hugging Face folder (torch zip, 2 files)", [], True,
+    )
     assert (report.configuration["ssm_groups"], report.configuration["ssm_state_size"]) == (2, 8)
     assert [c.holds for c in report.claims] == [False]  # it says bfloat16
 
 
 def test_our_folders_are_inspected_as_packed_and_damage_is_one_line(tmp_path):
     model = build_model(named_config("micro", vocab_size=20))
-    folder = save_model(compress_model(model, {"embedding": "int8", "layers.*.ssm.*": "bf16", "*": "fp16"}), tmp_path / "model")
+    folder = save_model(
+        compress_model(model, {"embedding": "int8", "layers.*.ssm.*": "bf16", "*": "fp16"}), tmp_path / "model"
+    )
     report = inspect(folder)
     assert report.runs and not report.contradictions and report.dtypes.keys() == {"bf16", "fp16", "int8", "scales"}
-    assert report.tensor_bytes == storage_bytes(compress_model(model, {"embedding": "int8", "layers.*.ssm.*": "bf16", "*": "fp16"}))
+    assert report.tensor_bytes == storage_bytes(
+        compress_model(model, {"embedding": "int8", "layers.*.ssm.*": "bf16", "*": "fp16"})
+    )
     config = json.loads((folder / "config.json").read_text())
     config.pop("sha256", None)  # somebody who changes it knowingly
     (folder / "config.json").write_text(json.dumps(config | {"precision": {"*": "int8"}}))
     report = inspect(folder)
     assert not report.runs and any(c.holds is False for c in report.claims)
-    (folder / "config.json").write_text(json.dumps(config | {"architecture": config["architecture"] | {"hidden_size": 128, "dropout": 0.5}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architecture": config["architecture"] | {"hidden_size": 128, "dropout": 0.5}})
+    )
     report = inspect(folder)
     assert not report.runs and report.configuration["hidden_size"] == 64 and report.configuration["dropout"] == 0.5
     assert "hidden_size 128, the tensors 64" in report.contradictions[0]
@@ -353,12 +437,18 @@ def test_published_files_are_what_they_are(name):
         pytest.skip(f"{LEGACY} is not here: the published file {path.name} cannot be inspected")
     report = inspect(path)
     if name == "mixed_precision":
-        assert set(report.dtypes) == {"fp16", "fp32"} and report.experts == {"number": 0, "layers": [1, 3], "lost": True}
-        assert (report.parameters, report.file_bytes, f"{report.fp32_bytes / report.file_bytes:.2f}") == (1_754_400, 4_164_117, "1.69")
+        assert set(report.dtypes) == {"fp16", "fp32"} and report.experts == {
+            "number": 0, "layers": [1, 3], "lost": True,
+        }
+        assert (report.parameters, report.file_bytes, f"{report.fp32_bytes / report.file_bytes:.2f}") == (
+            1_754_400, 4_164_117, "1.69",
+        )
         assert not report.runs and report.seam.startswith("layers.0.ssm.in_proj (fp16) → layers.0.ssm.dt_proj (fp32)")
         assert [c.holds for c in report.claims if "INT8" in c.says] == [False]
     else:
         assert report.runs and not report.stored and not report.tokenizer and not report.contradictions
-        assert report.parameters == 293_656 and report.configuration == named_config("micro").model_dump(mode="json") | {"moe_layers": [1]}
+        assert report.parameters == 293_656 and report.configuration == named_config("micro").model_dump(
+            mode="json"
+        ) | {"moe_layers": [1]}
 
 

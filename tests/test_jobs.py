@@ -12,17 +12,21 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from itera_lite import jobs
-from itera_lite.core import PRESETS, IteraLiteError, Record, RunError
+from itera_lite.jobs import notebooks as jobs
+from itera_lite.base.core import PRESETS, IteraLiteError, Record, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-BUSY = max(1, os.getloadavg()[0] / os.cpu_count())  # processes that wait for each core: the limit is for a machine that is not overloaded
+BUSY = max(
+    1, os.getloadavg()[0] / os.cpu_count()
+)  # processes that wait for each core: the limit is for a machine that is not overloaded
 SECONDS = 5 * BUSY  # from what ended a notebook to a file that says so
 
 PARAMETERS = "preset = 'smoke'\nseed = 0\nmodel_dir = ''\nout_dir = ''"
-NAMES = "\nmodel = 'micro'\ncorpus = 'stories'"  # parameters that other modules give a meaning; checking them takes an import of torch
-FINISH = """import itera_lite.core as core
+NAMES = (  # parameters that other modules give a meaning; checking them takes an import of torch
+    "\nmodel = 'micro'\ncorpus = 'stories'"
+)
+FINISH = """import itera_lite.base.core as core
 run = core.start_run({name!r}, preset, seed, out_dir)
 record = run.finish("it ended")"""
 # A cell that shows its process and that of a child, and then lasts longer than any test.
@@ -35,8 +39,12 @@ pathlib.Path("pids.part").write_text(f"{os.getpid()} {child.pid}"); os.replace("
 
 
 def write_notebook(project, name, *cells, parameters=PARAMETERS, tags=("parameters",)):
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
-    nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": list(tags)}), *map(nbformat.v4.new_code_cell, cells)]
+    nb = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    )
+    nb.cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": list(tags)}), *map(nbformat.v4.new_code_cell, cells),
+    ]
     path = project / "nbs" / f"{name}.ipynb"
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nb, path)
@@ -57,7 +65,7 @@ def project(tmp_path, monkeypatch):
 
 
 class Runner:
-    """`python -m itera_lite.jobs …` as a process of its own."""
+    """`python -m itera_lite.jobs.notebooks …` as a process of its own."""
 
     def __init__(self, project, *words):
         def obey():  # a shell may have started the tests with SIGINT ignored, nohup with SIGHUP
@@ -66,8 +74,10 @@ class Runner:
 
         self.project = project
         self.log = open(project / "runner.log", "w+")
-        command = [sys.executable, "-m", "itera_lite.jobs", *words]
-        self.process = subprocess.Popen(command, cwd=project, stdout=self.log, stderr=self.log, start_new_session=True, preexec_fn=obey)
+        command = [sys.executable, "-m", "itera_lite.jobs.notebooks", *words]
+        self.process = subprocess.Popen(
+            command, cwd=project, stdout=self.log, stderr=self.log, start_new_session=True, preexec_fn=obey
+        )
 
     def pids(self):
         """The kernel's process and its child's, once the waiting cell runs."""
@@ -114,7 +124,9 @@ def report(project, notebook="03_training", run="smoke"):
 
 
 def statuses(nb):
-    return [c.metadata.papermill.status for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    return [
+        c.metadata.papermill.status for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])
+    ]
 
 
 def banner(nb):
@@ -137,14 +149,17 @@ def test_killed_kernel_is_told_as_such(project):
     assert nb.metadata.papermill.exception is True
     assert statuses(nb) == ["completed", "completed", "completed", "failed", "pending"]
     assert "killed by SIGKILL" in banner(nb) and "in cell 3" in banner(nb)
-    assert runner.last_line().startswith("error: 03_training failed in cell 3 (`import os, pathlib, subprocess, sys, time`): the kernel")
+    assert runner.last_line().startswith(
+        "error: 03_training failed in cell 3 (`import os, pathlib, subprocess, sys, time`): the kernel"
+    )
     assert not alive(child)
     printed = [output.text for cell in nb.cells for output in cell.get("outputs", []) if output.output_type == "stream"]
     assert printed == ["before\n", "waiting\n"]  # of a line that is written over, the last
 
 
 @pytest.mark.parametrize(
-    ("number", "stubborn"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGHUP, False), (signal.SIGTERM, True)]
+    ("number", "stubborn"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGHUP, False), (signal.SIGTERM, True)],
 )
 def test_stopped_runner_is_told_as_such(project, number, stubborn):
     """A cell that answers the interrupt shows where it was; one that ignores it is killed."""
@@ -211,7 +226,9 @@ def test_full_disk_leaves_the_last_whole_notebook(project, monkeypatch):
     monkeypatch.setattr(jobs, "write_atomic", fills_up)
     with pytest.raises(RunError, match="cannot be written .No space left on device."):
         jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
-    assert "completed" in statuses(report(project)) and not jobs.ended_well(project / "papermill_runs/smoke/03_training/report.ipynb")
+    assert "completed" in statuses(report(project)) and not jobs.ended_well(
+        project / "papermill_runs/smoke/03_training/report.ipynb"
+    )
 
 
 def test_two_runners_do_not_share_a_folder(project):
@@ -244,29 +261,44 @@ def test_presets_fit_their_notebooks(monkeypatch, notebook, preset):
 
 def test_presets_belong_to_notebooks():
     for path in (ROOT / "slurm/params").glob("*/*"):
-        assert (ROOT / "nbs" / f"{path.parent.name}.ipynb").exists() and path.name in [f"{preset}.yaml" for preset in PRESETS], path
+        assert (ROOT / "nbs" / f"{path.parent.name}.ipynb").exists() and path.name in [
+            f"{preset}.yaml" for preset in PRESETS
+        ], path
 
 
 def cleaned(folder, keep_tags):
     """A copy of 03_training after the real nbdev_clean."""
     settings = (ROOT / "settings.ini").read_text()
     assert "allowed_cell_metadata_keys = tags\n" in settings
-    (folder / "settings.ini").write_text(settings if keep_tags else settings.replace("allowed_cell_metadata_keys = tags\n", ""))
+    (folder / "settings.ini").write_text(
+        settings if keep_tags else settings.replace("allowed_cell_metadata_keys = tags\n", "")
+    )
     (folder / "nbs").mkdir()
     shutil.copy(ROOT / "nbs/03_training.ipynb", folder / "nbs")
-    subprocess.run([BIN / "nbdev_clean", "--fname", "nbs/03_training.ipynb"], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [BIN / "nbdev_clean", "--fname", "nbs/03_training.ipynb"], cwd=folder, check=True, capture_output=True
+    )
     return folder / "nbs/03_training.ipynb"
 
 
 def test_seed_arrives_through_a_cleaned_notebook(tmp_path):
     """Cleaned as a commit does it, run as a Slurm user does it: the record states the seed that was given."""
     notebook = cleaned(tmp_path, keep_tags=True)
-    small = {"seed": 7, "out_dir": tmp_path / "out", "max_tokens": 8192, "eval_every_tokens": 4096, "eval_tokens": 2048, "limit_documents": 200}
+    small = {
+        "seed": 7, "out_dir": tmp_path / "out", "max_tokens": 8192, "eval_every_tokens": 4096, "eval_tokens": 2048,
+        "limit_documents": 200,
+    }
     words = [word for name, value in small.items() for word in ("-p", name, str(value))]
-    run = subprocess.run([BIN / "papermill", notebook, tmp_path / "out.ipynb", *words], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [BIN / "papermill", notebook, tmp_path / "out.ipynb", *words], cwd=tmp_path, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert record["run"]["seed"] == 7 and record["run"]["parameters"]["max_tokens"] == 8192 and record["results"][0]["seeds"] == [7]
+    assert (
+        record["run"]["seed"] == 7
+        and record["run"]["parameters"]["max_tokens"] == 8192
+        and record["results"][0]["seeds"] == [7]
+    )
 
 
 def test_cleaning_without_the_setting_is_noticed(tmp_path):
@@ -330,16 +362,28 @@ def no_notebooks(project):
 
 
 BAD = {
-    "preset": (["03", "smok"], None, "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?"),
+    "preset": (
+        ["03", "smok"], None, "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?",
+    ),
     "notebook": (["99", "smoke"], None, "unknown notebook '99': allowed 03_training"),
     "path": (["nbs/gone.ipynb", "smoke"], None, "no notebook at nbs/gone.ipynb"),
     "parameter": (["03", "smoke", "-p", "sead", "1"], None, "unknown parameter 'sead'"),
-    "kind": (["03", "smoke", "-p", "seed", "many"], None, "parameter seed of 03_training (from the command line) is 'many': must be a"),
+    "kind": (
+        ["03", "smoke", "-p", "seed", "many"], None,
+        "parameter seed of 03_training (from the command line) is 'many': must be a",
+    ),
     "model": (["03", "smoke", "--model", "tinny"], None, "unknown model 'tinny': allowed tiny,"),
-    "corpus": (["03", "smoke", "-p", "corpus", "tinystory"], None, "unknown corpus 'tinystory': allowed stories, tinystories,"),
+    "corpus": (
+        ["03", "smoke", "-p", "corpus", "tinystory"], None, "unknown corpus 'tinystory': allowed stories, tinystories,",
+    ),
     "data": (["03", "smoke", "--data-dir", "nowhere"], None, "data_dir 'nowhere': no such folder"),
-    "no preset file": (["03", "smoke"], missing_preset, "03_training has no preset 'smoke': slurm/params/03_training/smoke.yaml"),
-    "preset file's name": (["03", "smoke"], misspelt_preset_file, "unknown parameter of 03_training (from slurm/params/03_training/smoke.y"),
+    "no preset file": (
+        ["03", "smoke"], missing_preset, "03_training has no preset 'smoke': slurm/params/03_training/smoke.yaml",
+    ),
+    "preset file's name": (
+        ["03", "smoke"], misspelt_preset_file,
+        "unknown parameter of 03_training (from slurm/params/03_training/smoke.y",
+    ),
     "preset file's YAML": (["03", "smoke"], broken_preset_file, "slurm/params/03_training/smoke.yaml is not YAML"),
     "preset file's shape": (["03", "smoke"], list_preset_file, "must hold NAME: VALUE lines"),
     "no tag": (["03", "smoke"], no_tag, "has 0 cells tagged 'parameters' and needs one"),
@@ -363,7 +407,9 @@ def test_changed_parameter_does_not_overwrite_a_result(project, capsys):
     before = (project / "papermill_runs/smoke/03_training/metrics.json").read_bytes()
     capsys.readouterr()
     assert jobs.main(["03", "smoke", "-p", "seed", "8"]) == 1
-    assert "03_training is finished in papermill_runs/smoke/03_training with seed=7 and now 8" in capsys.readouterr().err
+    assert (
+        "03_training is finished in papermill_runs/smoke/03_training with seed=7 and now 8" in capsys.readouterr().err
+    )
     assert (project / "papermill_runs/smoke/03_training/metrics.json").read_bytes() == before
 
 

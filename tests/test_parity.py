@@ -3,19 +3,28 @@
 import pytest
 import torch
 
-from itera_lite.layouts import HUGGING_FACE, config_from_hf, rename, to_native
-from itera_lite.model import build_model, config_from_dict
+from itera_lite.checkpoints.layouts import HUGGING_FACE, config_from_hf, rename, to_native
+from itera_lite.models.model import build_model, config_from_dict
 
-transformers = pytest.importorskip("transformers", reason="Hugging Face's models come with pip install 'itera-lite[bench]'")
+transformers = pytest.importorskip(
+    "transformers", reason="Hugging Face's models come with pip install 'itera-lite[bench]'"
+)
 TOLERANCE = 1e-4  # relative, float32
 SHAPES = {
     "mamba": dict(hidden_size=32, state_size=5, time_step_rank=3),
     "mamba-biased": dict(hidden_size=24, state_size=16, use_bias=True, num_hidden_layers=3, expand=3),
     "mamba-bare": dict(hidden_size=40, state_size=1, use_conv_bias=False, conv_kernel=2, tie_word_embeddings=False),
     "mamba2": dict(hidden_size=32, state_size=8, head_dim=16, num_heads=4, n_groups=1, chunk_size=16),
-    "mamba2-groups": dict(hidden_size=48, state_size=4, head_dim=8, num_heads=12, n_groups=3, chunk_size=8, use_bias=True),
-    "mamba2-bare": dict(hidden_size=16, state_size=16, head_dim=4, num_heads=8, n_groups=8, chunk_size=32, use_conv_bias=False, conv_kernel=3),
-    "mamba2-limits": dict(hidden_size=32, state_size=8, head_dim=32, num_heads=2, n_groups=2, chunk_size=16, time_step_limit=(0.01, 0.2)),
+    "mamba2-groups": dict(
+        hidden_size=48, state_size=4, head_dim=8, num_heads=12, n_groups=3, chunk_size=8, use_bias=True
+    ),
+    "mamba2-bare": dict(
+        hidden_size=16, state_size=16, head_dim=4, num_heads=8, n_groups=8, chunk_size=32, use_conv_bias=False,
+        conv_kernel=3,
+    ),
+    "mamba2-limits": dict(
+        hidden_size=32, state_size=8, head_dim=32, num_heads=2, n_groups=2, chunk_size=16, time_step_limit=(0.01, 0.2)
+    ),
 }
 
 

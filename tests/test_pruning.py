@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from itera_lite.checkpoint import load_model, model_bytes, save_model
-from itera_lite.core import CheckpointError
-from itera_lite.formats import compress_model
-from itera_lite.model import build_model, config_from_dict
-from itera_lite.prune import GROUPS, find_sites, make_plan, mask_model, prune_model, prune_unstructured, slice_model, sparsity, why_not
+from itera_lite.checkpoints.folder import load_model, model_bytes, save_model
+from itera_lite.base.core import CheckpointError
+from itera_lite.storage.formats import compress_model
+from itera_lite.models.model import build_model, config_from_dict
+from itera_lite.methods.prune import (
+    GROUPS, find_sites, make_plan, mask_model, prune_model, prune_unstructured, slice_model, sparsity, why_not,
+)
 
 SMALL = dict(vocab_size=60, hidden_size=32, num_layers=4, max_seq_length=48)
 SSM_ONLY = dict(norm="rmsnorm", feed_forward=False, tie_embeddings=False, positions="none")
@@ -26,7 +28,7 @@ KINDS = {
 }
 FRESH = """
 import json, sys, torch
-from itera_lite.checkpoint import load_model
+from itera_lite.checkpoints.folder import load_model
 folder, out = sys.argv[1:]
 model, ids = load_model(folder), torch.arange(1, 21)[None]
 with torch.no_grad():
@@ -35,7 +37,7 @@ with torch.no_grad():
     step, _ = model.step(ids[:, -1], state)
 shapes = {n: list(p.shape) for n, p in model.named_parameters()}
 torch.testing.assert_close(step, logits[:, -1], atol=1e-4, rtol=1e-4)
-json.dump(dict(logits=logits.tolist(), shapes=shapes, modules=[m for m in sys.modules if m == "itera_lite.prune"]), open(out, "w"))
+json.dump(dict(logits=logits.tolist(), shapes=shapes, modules=[m for m in sys.modules if m == "itera_lite.methods.prune"]), open(out, "w"))
 """
 
 
@@ -55,7 +57,9 @@ def fractions_of(model):
 
 def fresh(folder, tmp_path):
     out = tmp_path / "answer.json"
-    ended = subprocess.run([sys.executable, "-c", FRESH, str(folder), str(out)], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", FRESH, str(folder), str(out)], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     return json.loads(out.read_text())
 
@@ -134,14 +138,17 @@ def test_published_folders_still_load():
 
 def test_inspect_understands_a_pruned_folder(tmp_path):
     folder = save_model(prune_model(model_of("s4"), {"d_inner": 0.25}, importance="magnitude"), tmp_path / "pruned")
-    ended = subprocess.run([sys.executable, "-m", "itera_lite.cli", "inspect", str(folder)], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "itera_lite.app.cli", "inspect", str(folder)], capture_output=True, text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "layer_sizes" in ended.stdout and "contradict" not in ended.stdout
 
 
 def test_pruned_model_in_transformers():
     pytest.importorskip("transformers", minversion="5")
-    from itera_lite.hf import wrap
+    from itera_lite.checkpoints.huggingface import wrap
 
     small = prune_model(model_of("s4"), {"d_inner": 0.25}, importance="magnitude")
     wrapped, ids = wrap(small), torch.arange(1, 21)[None]

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from itera_lite.checkpoint import model_bytes, save_model, weights_sha256
-from itera_lite.core import DataError, Record
-from itera_lite.data import load_corpus, train_tokenizer
-from itera_lite.evaluate import DocScores, EvaluationError, evaluate_folder, row_from_folder, score_documents, validate
-from itera_lite.model import build_model, named_config
+from itera_lite.checkpoints.folder import model_bytes, save_model, weights_sha256
+from itera_lite.base.core import DataError, Record
+from itera_lite.base.data import load_corpus, train_tokenizer
+from itera_lite.evaluation.evaluate import (
+    DocScores, EvaluationError, evaluate_folder, row_from_folder, score_documents, validate,
+)
+from itera_lite.models.model import build_model, named_config
 
 ROOT = Path(__file__).resolve().parents[1]
 # another processor sums in another order, and a router may choose the other of two equal experts; a wrong model is off by far more
@@ -26,11 +28,19 @@ def published():
         name = path.parent.relative_to(ROOT / "papermill_runs/published")
         for row in Record.read(path).results:
             folder = (path.parent / row.artifact).resolve() if row.artifact else None
-            if row.status != "ok" or folder is None or not row.bits_per_byte or folder in folders or not folder.exists():
+            if (
+                row.status != "ok"
+                or folder is None
+                or not row.bits_per_byte
+                or folder in folders
+                or not folder.exists()
+            ):
                 continue
             folders.add(folder)
             found.append(pytest.param(path.parent, row, id=f"{name}:{row.name}"))
-    nothing = pytest.mark.skip(reason="papermill_runs/published holds no record with an artifact: nothing has been published yet")
+    nothing = pytest.mark.skip(
+        reason="papermill_runs/published holds no record with an artifact: nothing has been published yet"
+    )
     return found or [pytest.param(None, None, id="none", marks=nothing)]
 
 
@@ -46,7 +56,9 @@ def text_of(record):
         limit = record.run.parameters.get("limit_documents")
         documents = load_corpus(record.data.corpus, seed=record.run.seed, limit_documents=limit).test
     ends = np.cumsum([len(d.encode()) for d in documents])
-    assert record.data.eval_bytes in ends, "the corpus at hand is not the one of the record: no number of its first documents has as many bytes"
+    assert (
+        record.data.eval_bytes in ends
+    ), "the corpus at hand is not the one of the record: no number of its first documents has as many bytes"
     return documents[: int(np.searchsorted(ends, record.data.eval_bytes)) + 1]
 
 
@@ -81,14 +93,21 @@ def test_what_is_not_kept_can_be_made_again():
     for path in sorted((ROOT / "papermill_runs/published").rglob("metrics.json")):
         record = Record.read(path)
         absent = [row.name for row in record.results if row.artifact and not (path.parent / row.artifact).exists()]
-        assert not absent or record.run.rebuild_command.startswith("papermill nbs/"), f"{path}: {absent[0]} is not kept, and no command makes it again"
+        assert not absent or record.run.rebuild_command.startswith(
+            "papermill nbs/"
+        ), f"{path}: {absent[0]} is not kept, and no command makes it again"
 
 
 def test_something_published_can_be_checked_without_its_corpus():
     records = [Record.read(path) for path in sorted((ROOT / "papermill_runs/published").rglob("metrics.json"))]
     if not any(row.artifact for record in records for row in record.results):
         pytest.skip("papermill_runs/published holds no record with an artifact: nothing has been published yet")
-    checkable = [row.name for record in records for row in record.results if row.artifact and row.name in record.extra.get("stories", {})]
+    checkable = [
+        row.name
+        for record in records
+        for row in record.results
+        if row.artifact and row.name in record.extra.get("stories", {})
+    ]
     assert checkable, "no published record has a figure on `stories`; 04_evaluation writes one for its rows"
 
 
@@ -111,7 +130,9 @@ def test_a_folder_scores_the_same_in_any_process(made):
     assert by_name["scores"] == by_text["scores"], "two processes, one result, whoever read the text"
     there = DocScores.of(by_name["scores"])
     assert np.allclose(there.nll, here.nll, rtol=1e-5) and (there.tokens == here.tokens).all()
-    assert by_name["file_bytes"] == model_bytes(folder)[0] and by_name["peak_rss_bytes"] > by_name["imports_rss_bytes"] > 0
+    assert (
+        by_name["file_bytes"] == model_bytes(folder)[0] and by_name["peak_rss_bytes"] > by_name["imports_rss_bytes"] > 0
+    )
 
 
 def test_a_damaged_folder_is_refused_in_one_line(made, tmp_path):
@@ -130,6 +151,11 @@ def test_validate_finds_a_model_equal_to_itself(made):
     folder, *_, corpus = made
     report = validate(folder, folder, corpus=corpus, speed_seconds=0.05, compare_documents=3, bootstrap_samples=50)
     row = report.model
-    assert row.ratio == 1 and row.kl_to_baseline == 0 and row.top1_agreement == 1 and row.perplexity_change_ci95 == [0, 0]
+    assert (
+        row.ratio == 1 and row.kl_to_baseline == 0 and row.top1_agreement == 1 and row.perplexity_change_ci95 == [0, 0]
+    )
     assert report.cloze["paired"]["difference"] == 0 and report.embedding_cosine["min"] > 1 - 1e-6
-    assert re.search(r"ratio 1\.000", str(report)) and report.samples["model"]["prompts"] == report.samples["baseline"]["prompts"]
+    assert (
+        re.search(r"ratio 1\.000", str(report))
+        and report.samples["model"]["prompts"] == report.samples["baseline"]["prompts"]
+    )

@@ -12,12 +12,17 @@ import papermill
 import pytest
 from bs4 import BeautifulSoup
 
-from itera_lite.core import Criteria, Record, Row, RunError, start_run
-from itera_lite.report import SHOW, build_report, disagreements, external_loads, find_entries, readme_table, resolve
+from itera_lite.base.core import Criteria, Record, Row, RunError, start_run
+from itera_lite.reports.report import (
+    SHOW, build_report, disagreements, external_loads, find_entries, readme_table, resolve,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--virtual-time-budget=8000", "--host-resolver-rules=MAP * ~NOTFOUND"]
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--virtual-time-budget=8000",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+]
 
 # Ends as papermill leaves it: one notebook that ran through, one whose second cell of its own fails.
 GOOD = [
@@ -30,15 +35,21 @@ BAD = ["parameters:experts = 2", "assert experts < 3, f'top-{experts} of 2 exper
 
 
 def run_by_papermill(folder, cells, **parameters):
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    )
     for text in cells:
         kind, _, source = text.partition(":") if text.startswith(("md:", "parameters:")) else ("code", "", text)
         tags = {"tags": ["parameters"]} if kind == "parameters" else {}
-        nb.cells.append(nbformat.v4.new_markdown_cell(source) if kind == "md" else nbformat.v4.new_code_cell(source, metadata=tags))
+        nb.cells.append(
+            nbformat.v4.new_markdown_cell(source) if kind == "md" else nbformat.v4.new_code_cell(source, metadata=tags)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, folder / "source.ipynb")
     try:
-        papermill.execute_notebook(folder / "source.ipynb", folder / "report.ipynb", parameters=parameters, progress_bar=False)
+        papermill.execute_notebook(
+            folder / "source.ipynb", folder / "report.ipynb", parameters=parameters, progress_bar=False
+        )
     except papermill.PapermillExecutionError:
         pass
     (folder / "source.ipynb").unlink()
@@ -50,14 +61,23 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tests"
     run = start_run("07_good", out_dir=str(folder / "07_good"))
     rows = [
-        Row(name="fp32", technique="none", file_bytes=4000, ratio=1, bits_per_byte=2.0, bits_per_byte_ci95=[1.9, 2.1], perplexity=9.5),
-        Row(name="int8 <b>", technique="rounding", file_bytes=1000, ratio=4.0, bits_per_byte=2.003, bits_per_byte_ci95=[1.903, 2.103],
-            perplexity=9.53, perplexity_change_percent=0.31, perplexity_change_ci95=[0.2, 0.42]),
+        Row(
+            name="fp32", technique="none", file_bytes=4000, ratio=1, bits_per_byte=2.0, bits_per_byte_ci95=[1.9, 2.1],
+            perplexity=9.5,
+        ),
+        Row(
+            name="int8 <b>", technique="rounding", file_bytes=1000, ratio=4.0, bits_per_byte=2.003,
+            bits_per_byte_ci95=[1.903, 2.103], perplexity=9.53, perplexity_change_percent=0.31,
+            perplexity_change_ci95=[0.2, 0.42],
+        ),
         Row(name="cut", technique="pruning", status="failed", reason="conv1d got 192 channels for 211"),
     ]
     criteria = Criteria(target_ratio=3.8, max_ppl_change_percent=0.5)
     criteria.judge(4.0, 0.31, 0.42)
-    points = [dict(step=1, tokens=100, seconds=1.5, train_bpb=3.0, val_bpb=3.1), dict(step=2, tokens=200, seconds=3.0, val_bpb=2.5)]
+    points = [
+        dict(step=1, tokens=100, seconds=1.5, train_bpb=3.0, val_bpb=3.1),
+        dict(step=2, tokens=200, seconds=3.0, val_bpb=2.5),
+    ]
     run.finish("rows made up for a test", rows, "fp32", criteria=criteria, curves={"fp32": points})
     run_by_papermill(folder / "07_good", GOOD, n=3)
     run_by_papermill(folder / "08_bad", BAD, experts=3)
@@ -74,7 +94,9 @@ def opened(page, width=1400):
     if CHROMIUM is None:
         pytest.skip("NO BROWSER: install chromium to test that figures are drawn and pages fit a phone")
     command = [CHROMIUM, *FLAGS, f"--window-size={width},2000", "--dump-dom", page.resolve().as_uri()]
-    return BeautifulSoup(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout, "html.parser")
+    return BeautifulSoup(
+        subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout, "html.parser"
+    )
 
 
 def test_pages_load_nothing_from_a_server(site):
@@ -83,7 +105,11 @@ def test_pages_load_nothing_from_a_server(site):
     for page in pages:
         text = page.read_text()
         assert external_loads(text) == []
-        loaded = [tag["src"] for tag in BeautifulSoup(text, "html.parser").find_all(src=True) if not tag["src"].startswith("data:")]
+        loaded = [
+            tag["src"]
+            for tag in BeautifulSoup(text, "html.parser").find_all(src=True)
+            if not tag["src"].startswith("data:")
+        ]
         assert loaded == ["plotly.min.js"] and (site / "plotly.min.js").stat().st_size > 1_000_000
 
 
@@ -116,7 +142,9 @@ def test_pages_fit_a_phone(site, tmp_path):
 def test_a_failed_notebook_is_shown_as_failed(site, run_folder):
     status = {entry.notebook: entry.status for entry in find_entries(run_folder)}
     assert status["07_good"].state == "ok"
-    assert (status["08_bad"].state, status["08_bad"].cell, status["08_bad"].error) == ("failed", 2, "AssertionError: top-3 of 2 experts")
+    assert (status["08_bad"].state, status["08_bad"].cell, status["08_bad"].error) == (
+        "failed", 2, "AssertionError: top-3 of 2 experts",
+    )
     for page in ("index.html", "tests.08_bad.html"):
         text = BeautifulSoup((site / page).read_text(), "html.parser")
         assert "top-3 of 2 experts" in text.text and "failed" in [badge.text for badge in text.select(".badge.bad")]
@@ -170,9 +198,13 @@ def test_a_changed_record_changes_the_page(site, run_folder, tmp_path):
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path):
-    with pytest.raises(RunError, match="^nothing to report in .*: no metrics.json or report.ipynb there or below; run "):
+    with pytest.raises(
+        RunError, match="^nothing to report in .*: no metrics.json or report.ipynb there or below; run "
+    ):
         build_report(tmp_path)
-    called = subprocess.run([Path(sys.executable).parent / "itera-lite", "report", str(tmp_path)], capture_output=True, text=True)
+    called = subprocess.run(
+        [Path(sys.executable).parent / "itera-lite", "report", str(tmp_path)], capture_output=True, text=True
+    )
     assert called.returncode != 0 and "Traceback" not in called.stderr and len(called.stderr.strip().splitlines()) == 1
     assert re.search("nothing to report", called.stderr) and not list(tmp_path.iterdir())
 
@@ -183,4 +215,9 @@ def test_runs_of_one_name_are_told_apart(run_folder, tmp_path):
         shutil.copy(run_folder / "07_good" / "metrics.json", tmp_path / place / "tests" / "07_good")
     entries = find_entries([tmp_path / "a" / "tests", tmp_path / "b" / "tests"])
     assert len({entry.run for entry in entries}) == 2
-    assert disagreements(build_report([tmp_path / "a" / "tests", tmp_path / "b" / "tests"], tmp_path / "site").read_text(), entries) == []
+    assert (
+        disagreements(
+            build_report([tmp_path / "a" / "tests", tmp_path / "b" / "tests"], tmp_path / "site").read_text(), entries
+        )
+        == []
+    )

@@ -18,7 +18,12 @@ SCRIPT = "slurm/run_notebook.sbatch"
 def reachable():
     if not shutil.which("sbatch"):
         return False
-    return subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, timeout=30).stdout.strip() != ""
+    return (
+        subprocess.run(
+            ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, timeout=30
+        ).stdout.strip()
+        != ""
+    )
 
 
 needs_slurm = pytest.mark.skipif(not reachable(), reason="no Slurm cluster answers sinfo: the job script was NOT run")
@@ -28,7 +33,10 @@ needs_slurm = pytest.mark.skipif(not reachable(), reason="no Slurm cluster answe
 def project(tmp_path):
     """A small project as a job sees it: the job script, the environment, and a toy notebook that waits as long as it is told."""
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = itera_lite\n")
-    write_notebook(tmp_path, "03_training", "import time; time.sleep(wait)", FINISH.format(name="03_training"), parameters=PARAMETERS + "\nwait = 0")
+    write_notebook(
+        tmp_path, "03_training", "import time; time.sleep(wait)", FINISH.format(name="03_training"),
+        parameters=PARAMETERS + "\nwait = 0",
+    )
     (tmp_path / "slurm/params/03_training/smoke.yaml").write_text("wait: 0\n")
     (tmp_path / "slurm/params/03_training/laptop.yaml").write_text("wait: 600\n")
     (tmp_path / SCRIPT).symlink_to(ROOT / SCRIPT)
@@ -48,7 +56,9 @@ def submit(project, *arguments, options=()):
 
 def field(job, name):
     """One field of what scontrol knows of the job, such as JobState or ExitCode."""
-    shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True
+    ).stdout
     return dict(part.split("=", 1) for part in shown.split() if "=" in part)[name]
 
 
@@ -85,7 +95,9 @@ def test_job_runs_a_notebook_and_its_record_names_the_job(project):
 
 
 @needs_slurm
-@pytest.mark.parametrize("arguments", [("no_such_notebook",), ("03_training", "no_such_preset")], ids=["notebook", "preset"])
+@pytest.mark.parametrize(
+    "arguments", [("no_such_notebook",), ("03_training", "no_such_preset")], ids=["notebook", "preset"]
+)
 def test_job_fails_with_one_line_and_the_runners_status(project, arguments):
     job = submit(project, *arguments)
     assert wait_for(job, *ENDED, seconds=60) == "FAILED"
@@ -118,7 +130,9 @@ def test_requeued_job_goes_on_in_the_same_run(project):
     subprocess.run(["scontrol", "requeue", job], check=True)
     assert wait_for(job, "COMPLETED", "FAILED", "CANCELLED", seconds=300) == "COMPLETED", log(project, job)
     assert "restart 1" in log(project, job)
-    assert json.loads((project / f"papermill_runs/job-{job}/03_training/metrics.json").read_text())["run"]["job_id"] == job
+    assert (
+        json.loads((project / f"papermill_runs/job-{job}/03_training/metrics.json").read_text())["run"]["job_id"] == job
+    )
 
 
 def executed(project, run):

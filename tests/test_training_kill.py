@@ -30,7 +30,9 @@ KINDS = ("line", "save", "time", "disk", "SIGINT", "save", "line", "disk", "save
 ATTEMPTS = 5  # in one run; after that it is left alone, and compared
 SAVING = {"save", "write_parts", "_sync_folder", "_dump", "_canonical", "remove_checkpoints", "remove_leftovers"}
 STEPS, DISK_BYTES = 24, 4_000_000
-LIMIT = 5 * max(1, os.getloadavg()[0] / os.cpu_count())  # seconds in which Ctrl-C ends training, where others leave it a core
+LIMIT = 5 * max(
+    1, os.getloadavg()[0] / os.cpu_count()
+)  # seconds in which Ctrl-C ends training, where others leave it a core
 
 
 # --- in the helper process
@@ -40,15 +42,17 @@ def training():
     """What every child trains: a small model with experts and dropout, steps of three batches, epochs of four steps."""
     import torch
 
-    from itera_lite.core import seed_everything
-    from itera_lite.data import TokenStream
-    from itera_lite.model import build_model, named_config
-    from itera_lite.train import TrainConfig
+    from itera_lite.base.core import seed_everything
+    from itera_lite.base.data import TokenStream
+    from itera_lite.models.model import build_model, named_config
+    from itera_lite.training.train import TrainConfig
 
     seed_everything(1)
     ids = torch.randint(1, 3, (420,)).cumsum(0) % 17
     stream = TokenStream(ids=ids, starts=torch.tensor([0]), bytes=torch.tensor([1000]))
-    fields = {"vocab_size": 17, "hidden_size": 8, "num_layers": 2, "expert_size": 8, "max_seq_length": 16, "dropout": 0.1}
+    fields = {
+        "vocab_size": 17, "hidden_size": 8, "num_layers": 2, "expert_size": 8, "max_seq_length": 16, "dropout": 0.1,
+    }
     config = TrainConfig(
         max_tokens=STEPS * 2 * 3 * 16,
         seq_length=16,
@@ -65,7 +69,7 @@ def training():
 
 def kill_before_line(number, functions):
     """End this process before the `number`-th line of the training code, in these functions (None: in all)."""
-    from itera_lite import train
+    from itera_lite.training import train
 
     left = number
 
@@ -79,7 +83,9 @@ def kill_before_line(number, functions):
 
     def on_call(frame, event, arg):
         code = frame.f_code
-        return on_line if code.co_filename == train.__file__ and (functions is None or code.co_name in functions) else None
+        return (
+            on_line if code.co_filename == train.__file__ and (functions is None or code.co_name in functions) else None
+        )
 
     sys.settrace(on_call)
     return lambda: number - left
@@ -87,14 +93,18 @@ def kill_before_line(number, functions):
 
 def attempt(order):
     """Train in a forked child, until done or until something stops it; the outcome, JSON-able."""
-    from itera_lite.core import IteraLiteError
-    from itera_lite.train import train
+    from itera_lite.base.core import IteraLiteError
+    from itera_lite.training.train import train
 
     kind, folder = order["kind"], Path(order["folder"])
     if order.get("file_bytes"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
-    lines = kill_before_line(order.get("line", 0), SAVING if kind == "save" else None) if kind in ("line", "save", "count") else None
+    lines = (
+        kill_before_line(order.get("line", 0), SAVING if kind == "save" else None)
+        if kind in ("line", "save", "count")
+        else None
+    )
     model, stream, config = training()
     try:
         train(model, stream, stream, config, folder, seed=3, progress=False)
@@ -145,7 +155,9 @@ def serve():
 def helper():
     """Sends an order to the helper process and gives back the outcome."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout.readline() == "ready\n"
 
     def ask(**order):
@@ -162,10 +174,14 @@ def helper():
 def small_disk(tmp_path_factory):
     """A folder on a disk of `DISK_BYTES`, and whether it is one: it takes the right to mount."""
     folder = tmp_path_factory.mktemp("disk")
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if mount.returncode:
         reason = mount.stderr.strip().splitlines()
-        warnings.warn(f"no small disk could be mounted ({reason}): a limit on file sizes stands in for the full one", stacklevel=1)
+        warnings.warn(
+            f"no small disk could be mounted ({reason}): a limit on file sizes stands in for the full one", stacklevel=1
+        )
     yield folder, mount.returncode == 0
     if mount.returncode == 0:
         subprocess.run(["umount", str(folder)], check=True)
@@ -220,7 +236,9 @@ def disturb(helper, alone, kind, folder, disk, real_disk, draw):
     else:
         outcome = helper(**order, file_bytes=int(share * (size or 40_000) / 2))
     if "error" in outcome and before:
-        assert checkpoint_bytes(folder)[1] == before, "the checkpoint that was there when the disk filled up has changed"
+        assert (
+            checkpoint_bytes(folder)[1] == before
+        ), "the checkpoint that was there when the disk filled up has changed"
     return outcome
 
 

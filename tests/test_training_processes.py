@@ -13,21 +13,24 @@ def toy(experts):
     """A small model and its text."""
     import torch
 
-    from itera_lite.core import seed_everything
-    from itera_lite.data import TokenStream
-    from itera_lite.model import build_model, named_config
+    from itera_lite.base.core import seed_everything
+    from itera_lite.base.data import TokenStream
+    from itera_lite.models.model import build_model, named_config
 
     seed_everything(1)
     ids = torch.randint(1, 3, (900,)).cumsum(0) % 17
     stream = TokenStream(ids=ids, starts=torch.tensor([0]), bytes=torch.tensor([2000]))
-    fields = {"vocab_size": 17, "hidden_size": 8, "num_layers": 2, "expert_size": 8, "max_seq_length": 16, "dropout": 0.1 if experts else 0.0}
+    fields = {
+        "vocab_size": 17, "hidden_size": 8, "num_layers": 2, "expert_size": 8, "max_seq_length": 16,
+        "dropout": 0.1 if experts else 0.0,
+    }
     dense = {} if experts else {"num_experts": 0, "top_k_experts": 0, "moe_layers": ()}
     return build_model(named_config("micro", **fields, **dense)), stream
 
 
 def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
     """Train the toy; with `looks`, ask it to stop when it has looked for a request so many times. The curve's losses and the weights."""
-    from itera_lite import train
+    from itera_lite.training import train
 
     model, stream = toy(experts)
     config = train.TrainConfig(
@@ -46,7 +49,9 @@ def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
     stop = train.StopSignals()
     if looks is not None:
         asked = iter(range(looks))
-        stop = type("Asked", (), {"received": property(lambda self: None if next(asked, None) is not None else "SIGTERM")})()
+        stop = type(
+            "Asked", (), {"received": property(lambda self: None if next(asked, None) is not None else "SIGTERM")}
+        )()
     with trainer.alone(), train.deterministic(trainer.device):
         trainer.resume()
         try:
@@ -54,13 +59,18 @@ def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
         except train.TrainingInterrupted:
             return trainer.at.step
     losses = [[row["step"], row["train_loss"], row["val_nll"]] for row in trainer.at.rows]
-    return {"losses": losses, "weights": [p.detach().flatten().tolist() for p in model.parameters()], "processes": trainer.processes}
+    return {
+        "losses": losses, "weights": [p.detach().flatten().tolist() for p in model.parameters()],
+        "processes": trainer.processes,
+    }
 
 
 def each_process(folder):
     """What torchrun starts twice: undisturbed runs, and one that is asked to stop in the middle of a step, then resumed."""
     outcomes = {
-        "dense": train_toy(folder / "dense", batch_size=4),  # its loss does not depend on how a batch is shared, as a balancing loss does
+        "dense": train_toy(
+            folder / "dense", batch_size=4
+        ),  # its loss does not depend on how a batch is shared, as a balancing loss does
         "alone": train_toy(folder / "alone", batch_size=4, experts=True),
         "stopped_at": train_toy(folder / "stopped", batch_size=4, experts=True, looks=16),
         "resumed": train_toy(folder / "stopped", batch_size=4, experts=True),
@@ -71,7 +81,9 @@ def each_process(folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(folder)]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(folder),
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -92,7 +104,10 @@ def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
         assert a[0] == b[0]
         assert all(x == y or abs(x - y) < 1e-4 for x, y in zip(a[1:], b[1:], strict=True)), (a, b)
     assert one["losses"][-1][2] < one["losses"][0][2] - 0.1, "nothing was learnt"
-    assert max(abs(x - y) for p, q in zip(one["weights"], two["weights"], strict=True) for x, y in zip(p, q, strict=True)) < 1e-3
+    assert (
+        max(abs(x - y) for p, q in zip(one["weights"], two["weights"], strict=True) for x, y in zip(p, q, strict=True))
+        < 1e-3
+    )
 
 
 def test_both_processes_hold_the_same_weights(two_processes):

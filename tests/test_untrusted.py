@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from itera_lite import untrusted
-from itera_lite.checkpoint import load_model, save_model
-from itera_lite.core import CheckpointError, sha256_file
-from itera_lite.model import build_model, named_config
-from itera_lite.untrusted import MAGIC, SLACK_BYTES, read_foreign, run_child, scan
+from itera_lite.checkpoints import untrusted
+from itera_lite.checkpoints.folder import load_model, save_model
+from itera_lite.base.core import CheckpointError, sha256_file
+from itera_lite.models.model import build_model, named_config
+from itera_lite.checkpoints.untrusted import MAGIC, SLACK_BYTES, read_foreign, run_child, scan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:.*deprecated")  # archives with two entries of a name; torch's old formats
 ROOT = Path(__file__).resolve().parents[1]
@@ -662,7 +662,7 @@ def test_guard_stops_what_an_attack_would_do(tmp_path):
     """Were all else wrong: the child's audit hook."""
     program = """
 import os, pickle, socket, subprocess, sys
-from itera_lite.untrusted import guard
+from itera_lite.checkpoints.untrusted import guard
 os.mkdir(sys.argv[1] + "/own")
 guard(sys.argv[1] + "/own")
 canary = sys.argv[1] + "/canary"
@@ -744,8 +744,8 @@ MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "she
 CALLS = {"torch.load", "torch.jit.load", "torch.hub.load", "torch.save", "pandas.read_pickle", "torch.serialization.load"}
 MAY = {  # file → what it may mention, and why
     "untrusted.py": {"pickletools", "torch.load"},  # the door itself: parses opcodes, and reads weights only in its child
-    "02eb_untrusted.ipynb": {"pickletools", "torch.load", "torch.save"},  # its source, which also makes files to read
-    "02ed_convert.ipynb": {"torch.save"},  # makes the published file that it then converts: writing runs nothing
+    "03_untrusted.ipynb": {"pickletools", "torch.load", "torch.save"},  # its source, which also makes files to read
+    "05_convert.ipynb": {"torch.save"},  # makes the published file that it then converts: writing runs nothing
 }
 
 
@@ -803,8 +803,8 @@ def test_mentions_are_found(source):
 
 
 def test_nobody_else_reads_pickles():
-    files = {path.name: path.read_text() for path in (ROOT / "itera_lite").glob("*.py")}
-    for path in (ROOT / "nbs").glob("*.ipynb"):
+    files = {path.name: path.read_text() for path in (ROOT / "itera_lite").rglob("*.py")}
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         files[path.name] = "\n".join("\n".join(line for line in "".join(c["source"]).split("\n") if not line.lstrip().startswith(("%", "!"))) for c in cells)
     wrong = {name: found for name, source in files.items() if (found := mentions(source) - MAY.get(name, set()))}

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from itera_lite.core import seed_everything
-from itera_lite.data import EOS, TOKENIZERS, load_corpus, train_tokenizer
-from itera_lite.evaluate import score_documents
-from itera_lite.model import build_model, named_config
-from itera_lite.vocabulary import remap_model, shrink_tokenizer, token_use
+from itera_lite.base.core import seed_everything
+from itera_lite.base.data import EOS, TOKENIZERS, load_corpus, train_tokenizer
+from itera_lite.evaluation.evaluate import score_documents
+from itera_lite.models.model import build_model, named_config
+from itera_lite.methods.vocabulary import remap_model, shrink_tokenizer, token_use
 
 texts = st.text(min_size=1, max_size=40).filter(lambda text: EOS not in text)
 sizes = st.sampled_from([257, 300, 380])

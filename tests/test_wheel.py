@@ -46,7 +46,7 @@ def facts_of(environment, folder):
 
 def test_wheel_holds_the_library_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"itera_lite/{path.name}" for path in (ROOT / "itera_lite").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "itera_lite").rglob("*.py")}
     assert modules | {"itera_lite/py.typed"} <= names
     metadata = {name for name in names if ".dist-info/" in name}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
@@ -58,9 +58,14 @@ def test_wheel_runs_doctor(wheel, tmp_path):
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel,
+        cwd=tmp_path,
+    )
     # a folder named in a .pth file serves its packages, but its own .pth files (the editable install of the tree) are not read
-    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    site_packages = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    )
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert facts_of(environment, tmp_path)
 
