@@ -69,6 +69,7 @@ def test_published_artifact_is_what_its_row_says(folder, row):
     assert model_bytes(artifact)[0] == row.file_bytes
 
 
+@pytest.mark.timeout(1800)  # one CPU-minute alone; on a shared machine a fraction of a core may be all there is
 @pytest.mark.parametrize("folder, row", published())
 def test_published_folder_gives_the_published_figure(folder, row):
     record = Record.read(folder)
