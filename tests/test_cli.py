@@ -33,9 +33,7 @@ assert not heavy, heavy
 
 def test_each_command_has_help():
     listed = itera_lite("--help").stdout.split("Commands:")[1].splitlines()
-    commands = [
-        line.split()[0] for line in listed if line.strip() and line.startswith("  ") and not line.startswith("   ")
-    ]
+    commands = [line.split()[0] for line in listed if line.startswith("  ") and line[2:3].strip()]
     assert {"doctor", "models", "run", "report", "generate", "compress", "validate", "bench"} <= set(commands)
     code = f"""
 from itera_lite.app.cli import main
@@ -90,11 +88,8 @@ def test_bad_input_costs_one_line_and_nothing_else(words, said, tmp_path):
 
 def test_debug_shows_where_an_error_comes_from():
     done = itera_lite("run", "--preset", "smok", "--debug")
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("Traceback")
-        and "ConfigError: unknown preset 'smok'" in done.stderr
-    )
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert "ConfigError: unknown preset 'smok'" in done.stderr
 
 
 @pytest.fixture
@@ -116,10 +111,8 @@ def test_error_inside_a_notebook_is_one_line_and_a_page(toy_project):
     done = itera_lite("run", "--notebooks", "03", cwd=project)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert (
-        line.startswith("itera-lite: 03_training failed in cell 2 ")
-        and "vocab_size 512: this text supports 300" in line
-    )
+    assert line.startswith("itera-lite: 03_training failed in cell 2 ")
+    assert "vocab_size 512: this text supports 300" in line
     assert done.stdout.startswith("report: file://") and (project / "papermill_runs/smoke/site/index.html").is_file()
 
 
@@ -128,9 +121,8 @@ def test_ctrl_c_ends_a_run_within_five_seconds(toy_project):
     process = subprocess.Popen(
         [sys.executable, "-m", "itera_lite.app.cli", "run", "--notebooks", "03"], cwd=project, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a shell may have started the tests with it ignored
+        # a shell may have started the tests with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_until((project / "pids").exists, 60 * BUSY)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the foreground

@@ -10,12 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from itera_lite.checkpoints.folder import load_model, load_tokenizer, model_bytes, read_config, save_model
 from itera_lite.app.cli import app, users_mistake
 from itera_lite.base.core import seed_everything
-from itera_lite.base.data import load_corpus, train_tokenizer
-from itera_lite.storage.formats import tensor_precisions, tensor_shapes
-from itera_lite.models.model import build_model, named_config
+from itera_lite.base.data import load_corpus
+from itera_lite.base.tokenizers import train_tokenizer
+from itera_lite.checkpoints.folder import load_model, load_tokenizer, model_bytes, read_config, save_model
+from itera_lite.models.model import build_model
+from itera_lite.models.config import named_config
+from itera_lite.storage.packed import tensor_precisions, tensor_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(vocab_size=320, hidden_size=32, num_layers=2, max_seq_length=64)
@@ -77,10 +79,8 @@ METHODS = {
     "vocabulary": ["--method", "vocabulary", "--size", 280, "--text", "TEXT"],
 }
 
-
-EVERYWHERE = (
-    "inline map", "gptq", "coded", "activations", "prune", "vocabulary",
-)  # on each kind of model; the rest on one
+# on each kind of model; the rest on one
+EVERYWHERE = ("inline map", "gptq", "coded", "activations", "prune", "vocabulary")
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,8 @@ def test_each_method_gives_a_smaller_folder_that_runs(name, kind, place):
     assert (line, status) == ("", 0)
     before, after = model_bytes(place / kind)[0], model_bytes(place / "out")[0]
     assert after < before
-    assert any(
-        p.startswith(f"ratio {before / after:.2f}, ") and " s, peak memory " in p and p.endswith(" MB") for p in printed
-    ), printed
+    summary = [p for p in printed if p.startswith(f"ratio {before / after:.2f}, ")]
+    assert len(summary) == 1 and " s, peak memory " in summary[0] and summary[0].endswith(" MB"), printed
     model, tokenizer = load_model(place / "out"), load_tokenizer(place / "out")
     ids = torch.tensor([tokenizer.encode("Once there was").ids])
     with torch.inference_mode():
@@ -105,11 +104,8 @@ def test_each_method_gives_a_smaller_folder_that_runs(name, kind, place):
 def test_what_was_asked_for_is_in_the_folder(place):
     compress(place, "--map", '{"embedding": "int4", "*norm*": "fp16", "*": "int8"}')
     stored = tensor_precisions(load_model(place / "out"))
-    assert (
-        stored["embedding.weight"] == "int4"
-        and stored["norm_f.weight"] == "fp16"
-        and stored["layers.0.ssm.in_proj.weight"] == "int8"
-    )
+    asked = {"embedding.weight": "int4", "norm_f.weight": "fp16", "layers.0.ssm.in_proj.weight": "int8"}
+    assert {name: stored[name] for name in asked} == asked
     compress(place, *METHODS["coded"])
     assert read_config(place / "out").coding == "huffman"
     compress(place, *METHODS["prune"])
@@ -171,7 +167,8 @@ REFUSED = {
     "map file is not there": (["--map", "no/such.yaml"], "unknown precision map 'no/such.yaml'"),
     "map file is not YAML": (["--map", "BROKEN"], "is not YAML"),
     "map file is a folder": (["--map", "FOLDER"], "Is a directory"),
-    "map file holds a list": (["--map", "LIST"], "not list"), "map is not JSON": (["--map", '{"*": '], "is not JSON"),
+    "map file holds a list": (["--map", "LIST"], "not list"),
+    "map is not JSON": (["--map", '{"*": '], "is not JSON"),
     "map is not complete": (["--map", '{"embedding": "int8"}'], "undecided"),
     "unknown method": (["--method", "zip"], "unknown method 'zip': allowed quantize, gptq"),
     "option of another method": (["--method", "vocabulary", "--tokens", 5], "method vocabulary takes no tokens"),
@@ -196,8 +193,8 @@ def test_bad_input_costs_one_line_and_writes_nothing(words, said, place, tmp_pat
     }
     before = sorted(p.name for p in place.iterdir())
     printed, line, status = compress(place, *(named.get(w, w) for w in words), out="refused")
-    told = line or "\n".join(printed)  # a word for a number is refused by the parser, before the program
-    assert status != 0 and said in told
+    shown = line or "\n".join(printed)  # a word for a number is refused by the parser, before the program
+    assert status != 0 and said in shown
     assert "\n" not in line and sorted(p.name for p in place.iterdir()) == before
 
 
@@ -272,9 +269,5 @@ def test_as_a_process(place, tmp_path):
     assert done.returncode == 0 and done.stderr == "" and "ratio " in done.stdout
     done = program("no/such/model", "--out", tmp_path / "refused")
     (line,) = done.stderr.splitlines()
-    assert (
-        done.returncode == 1
-        and done.stdout == ""
-        and line.startswith("itera-lite: no/such/model")
-        and not (tmp_path / "refused").exists()
-    )
+    assert done.returncode == 1 and done.stdout == "" and line.startswith("itera-lite: no/such/model")
+    assert not (tmp_path / "refused").exists()

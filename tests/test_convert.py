@@ -1,4 +1,7 @@
-"""Converted weights compute what their source computes: published layouts against float64 numpy, Hugging Face folders against their own classes."""
+"""Converted weights compute what their source computes.
+
+Files of the first version are held against float64 numpy, Hugging Face folders against their own classes.
+"""
 
 import json
 import math
@@ -9,13 +12,14 @@ import pytest
 import torch
 from scipy.special import erf
 
-from itera_lite.checkpoints.folder import load_model
 from itera_lite.checkpoints.convert import convert, export_huggingface
+from itera_lite.checkpoints.folder import load_model
 from itera_lite.checkpoints.layouts import from_native
-from itera_lite.models.model import build_model, config_from_dict
+from itera_lite.models.config import config_from_dict
+from itera_lite.models.model import build_model
 
 LEGACY = Path(__file__).resolve().parents[2] / "shared/legacy"
-PUBLISHED_FIELDS = {
+FIRST_VERSION_FIELDS = {
     *"vocab_size hidden_size num_layers ssm_state_size ssm_conv_kernel ssm_expand_factor num_experts expert_size"
     " top_k_experts moe_layers".split(),
     *"load_balance_loss_weight max_seq_length dropout layer_norm_eps use_flash_attn gradient_checkpointing".split(),
@@ -40,8 +44,8 @@ def feed_forward(x, w1, w2):
     return gelu(x @ w1.T) @ w2.T
 
 
-def published_logits(file, ids, top_k=2):
-    """The published model, from its description: numpy, float64, one position after the other, names as in the file."""
+def first_version_logits(file, ids, top_k=2):
+    """The first version's model, from its description: numpy, float64, position by position, names as in the file."""
     w = {n: t.double().numpy() for n, t in file.items()}
 
     def pick(*names):
@@ -102,7 +106,7 @@ def far_from_initial(config):
 @pytest.mark.parametrize("layout", ["published", "published older", "published moe.moe"])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("with_config", [False, True])
-def test_published_layouts(tmp_path, layout, half, with_config):
+def test_layouts_of_the_first_version(tmp_path, layout, half, with_config):
     config = config_from_dict(dict(vocab_size=90, hidden_size=16, num_layers=3, expert_size=12, max_seq_length=32))
     file = from_native({n: p.detach() for n, p in far_from_initial(config).named_parameters()}, layout)
     file["lm_head.weight"] = file[
@@ -115,7 +119,7 @@ def test_published_layouts(tmp_path, layout, half, with_config):
         dict(config.model_dump(mode="json"), use_flash_attn=False, gradient_checkpointing=True) if with_config else None
     )
     if stored:
-        stored = {k: v for k, v in stored.items() if k in PUBLISHED_FIELDS}
+        stored = {k: v for k, v in stored.items() if k in FIRST_VERSION_FIELDS}
     torch.save(
         dict(model_state_dict=file, config=stored, compression_ratio=2.0) if with_config else file,
         tmp_path / "source.pt",
@@ -124,20 +128,20 @@ def test_published_layouts(tmp_path, layout, half, with_config):
     ids = torch.randint(0, 90, (25,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = load_model(tmp_path / "model")(ids[None])[0].double().numpy()
-    assert worst(ours, published_logits(file, ids.numpy())) <= TOLERANCE
+    assert worst(ours, first_version_logits(file, ids.numpy())) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["itera_lite_micro_distilled", "itera_lite_mixed_precision"])
-def test_published_files(tmp_path, name):
+def test_files_of_the_first_version(tmp_path, name):
     path = LEGACY / f"{name}.pt"
     if not path.is_file():
-        pytest.skip(f"{path} is not here: the published files are checked where they are")
+        pytest.skip(f"{path} is not here: the first version's files are checked where they are")
     convert(path, tmp_path / "model")
     file = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
     ids = np.arange(3, 90, 2)
     with torch.no_grad():
         ours = load_model(tmp_path / "model")(torch.tensor(ids)[None])[0].double().numpy()
-    assert worst(ours, published_logits(file, ids)) <= TOLERANCE
+    assert worst(ours, first_version_logits(file, ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])

@@ -1,4 +1,4 @@
-"""Two thousand damaged checkpoints, drawn by a seed: each is refused in one line of the project's own, or is what it was before the damage."""
+"""Two thousand damaged checkpoints, drawn by seed: each is refused in one line, or what it was before the damage."""
 
 import hashlib
 import json
@@ -10,13 +10,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from itera_lite.checkpoints.folder import load_model, save_model
-from itera_lite.checkpoints.convert import build_imported, read_source
 from itera_lite.base.core import CheckpointError
-from itera_lite.storage.formats import compress_model
+from itera_lite.checkpoints.convert import build_imported, read_source
+from itera_lite.checkpoints.folder import load_model, save_model
 from itera_lite.checkpoints.layouts import from_native
-from itera_lite.models.model import build_model, config_from_dict
-from itera_lite.checkpoints.untrusted import scan
+from itera_lite.checkpoints.archives import scan
+from itera_lite.models.config import config_from_dict
+from itera_lite.models.model import build_model
+from itera_lite.storage.precision import compress_model
 
 FOLDERS, FOREIGN, PICKLED = 1200, 500, 300
 KERNELS = {"s4": {}, "mamba": {"kernel": "mamba"}, "mamba2": {"kernel": "mamba2", "ssm_head_size": 8, "ssm_groups": 2}}
@@ -42,15 +43,15 @@ def same(a, b):
 
 
 def change_tensors(kind, tensors, draw):
-    """One structural damage to a state dict, and the name it is about. Only an embedding itself says how many rows it has: those are left."""
+    """One structural damage to a state dict, and the name it is about.
+
+    Only an embedding itself says how many rows it has: those are left.
+    """
     name = draw.choice([n for n in sorted(tensors) if kind != "shape" or "embedding" not in n])
     tensor = tensors[name]
     if kind == "shape":
-        tensors[name] = (
-            tensor[..., :-1].contiguous()
-            if tensor.dim() and tensor.shape[-1] > 1 and draw.random() < 0.5
-            else torch.cat([tensor, tensor])
-        )
+        shorter = tensor.dim() and tensor.shape[-1] > 1 and draw.random() < 0.5
+        tensors[name] = tensor[..., :-1].contiguous() if shorter else torch.cat([tensor, tensor])
     elif kind == "missing":
         del tensors[name]
     elif kind == "extra":

@@ -185,7 +185,7 @@ def test_library_reads_no_pickle():
     """A pickle from outside runs code when it is read; the project's formats are safetensors and JSON."""
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     for path in (ROOT / "itera_lite").rglob("*.py"):
-        if path.name == "untrusted.py":
+        if path.relative_to(ROOT).as_posix() == "itera_lite/checkpoints/sandbox.py":
             continue  # the one door for such files: tests/test_untrusted.py watches it
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

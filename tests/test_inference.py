@@ -9,18 +9,22 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from itera_lite.checkpoints.folder import save_model
 from itera_lite.base.core import CheckpointError
-from itera_lite.storage.formats import compress_model, storage_bytes
-from itera_lite.checkpoints.inspector import PUBLISHED_MAP, first_seam, infer, inspect, meaning
+from itera_lite.checkpoints.checks import FIRST_VERSION_MAP, first_seam
+from itera_lite.checkpoints.folder import save_model
+from itera_lite.checkpoints.inference import infer, meaning
+from itera_lite.checkpoints.inspector import inspect
 from itera_lite.checkpoints.layouts import LAYOUTS, config_to_hf, from_native, rename, to_native
-from itera_lite.methods.mixed_precision import PUBLISHED
-from itera_lite.models.model import build_model, config_from_dict, named_config
+from itera_lite.checkpoints.untrusted import read_foreign
+from itera_lite.methods.channels import find_sites, slice_model
+from itera_lite.models.model import build_model
+from itera_lite.models.config import config_from_dict, named_config
+from itera_lite.storage.precision import compress_model
+from itera_lite.storage.packed import storage_bytes
 
 LEGACY = Path(__file__).resolve().parents[2] / "shared/legacy"
-FREE = {
-    "dropout", "layer_norm_eps", "load_balance_loss_weight", "ssm_dt_limit", "tie_embeddings", "num_heads",
-}  # leave no trace in shapes
+# leave no trace in shapes
+FREE = {"dropout", "layer_norm_eps", "load_balance_loss_weight", "ssm_dt_limit", "tie_embeddings", "num_heads"}
 
 
 def numbers(low, high):
@@ -275,17 +279,45 @@ def test_junk_among_the_tensors_is_one_line_at_most(config, data):
 # One of each
 
 
-def test_the_published_map_is_the_one_that_is_measured():
-    """Room 02ec may not import from room 07, and states it shorter."""
-    names = [
-        n
-        for c in ({}, {"kernel": "mamba"}, {"kernel": "mamba2", "ssm_head_size": 16})
-        for n in tensors_of(named_config("micro", **c))
-    ]
-    names += list(from_native(tensors_of(named_config("micro")), "published")) + ["lm_head.weight"]
-    for name in names:
-        rules = [m[rule] if rule else None for m in (PUBLISHED_MAP, PUBLISHED) for rule in [m.match(name)]]
-        assert rules[0] == rules[1], name
+def test_the_first_versions_map_is_the_one_in_its_file():
+    path = LEGACY / "itera_lite_mixed_precision.pt"
+    if not path.exists():
+        pytest.skip(f"{LEGACY} is not here: the map in the file {path.name} cannot be read")
+    says = read_foreign(path).extra["mixed_precision_metadata"]["precision_map"]
+    assert list(says.items()) == list(FIRST_VERSION_MAP.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs().filter(lambda c: c.model_type == "itera_lite" and c.kernel == "s4" and c.d_inner > 1), st.data())
+def test_pruned_step_sizes_are_told_by_the_weights_alone(config, data):
+    n, fewer = config.num_layers, st.none() | numbers(1, config.d_inner - 1)
+    rows = data.draw(st.lists(fewer, min_size=n, max_size=n))
+    pruned = config_from_dict(config.model_dump() | {"layer_sizes": {"ssm_dt_rows": rows}})
+    tensors = tensors_of(pruned)
+    found = infer(tensors)
+    sizes = {"ssm_dt_rows": tuple(rows)} if any(rows) else None
+    assert not found.contradictions and found.values.get("layer_sizes") == sizes
+    assert {n: t.shape for n, t in tensors_of(found.config()).items()} == {n: t.shape for n, t in tensors.items()}
+    if sizes:  # one wrong dimension is still found: weight and bias alone tell the rows, so either may be named
+        pair = next([f"layers.{i}.ssm.dt_proj.{end}" for end in ("weight", "bias")] for i, n in enumerate(rows) if n)
+        for axis in (0, 1):
+            shape = list(tensors[pair[0]].shape)
+            shape[axis] += 1
+            wrong = infer(tensors | {pair[0]: torch.zeros(shape)}).contradictions
+            assert any(set(pair[: 2 - axis]) & set(c.tensors) for c in wrong), (pair, shape)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_what_pruning_leaves_is_told_by_the_weights_alone(fraction):
+    """Pruning's own configuration and the one that its weights tell are the same, in every layer and in one."""
+    torch.manual_seed(0)
+    model = build_model(named_config("micro", vocab_size=60))
+    sites = find_sites(model, "dt_rows")
+    for some in (sites, sites[1:2]):
+        pruned = slice_model(model, [(site, torch.arange(site.units) >= fraction * site.units) for site in some])
+        told = infer(pruned.state_dict()).config()
+        assert told.layer_sizes and told.layer_sizes == pruned.config.layer_sizes
+        assert told == pruned.config.model_copy(update={"moe_layers": pruned.config.mixture_layers})
 
 
 def test_transformer_with_heads_that_do_not_fit_is_one_line():
@@ -346,11 +378,11 @@ def test_pickled_files_and_folders_are_inspected(tmp_path):
         "vocab_size": 20, "num_experts": 0, "top_k_experts": 2, "moe_layers": [1], "hidden_size": 64,
         "use_flash_attn": False,
     }
-    half = {n: t.half() if PUBLISHED_MAP.match(n) else t for n, t in lost.items()}
+    half = {n: t.half() if FIRST_VERSION_MAP.match(n) else t for n, t in lost.items()}
     torch.save(
         {
             "model_state_dict": half, "config": stored,
-            "mixed_precision_metadata": {"precision_map": dict(PUBLISHED_MAP)},
+            "mixed_precision_metadata": {"precision_map": dict(FIRST_VERSION_MAP)},
         },
         tmp_path / "mixed.pt",
     )
@@ -431,10 +463,10 @@ def test_inspecting_what_is_no_checkpoint_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mixed_precision", "micro_distilled"])
-def test_published_files_are_what_they_are(name):
+def test_files_of_the_first_version_are_what_they_are(name):
     path = LEGACY / f"itera_lite_{name}.pt"
     if not path.exists():
-        pytest.skip(f"{LEGACY} is not here: the published file {path.name} cannot be inspected")
+        pytest.skip(f"{LEGACY} is not here: the file {path.name} cannot be inspected")
     report = inspect(path)
     if name == "mixed_precision":
         assert set(report.dtypes) == {"fp16", "fp32"} and report.experts == {

@@ -13,21 +13,21 @@ import nbformat
 import pytest
 
 from itera_lite.jobs import notebooks as jobs
-from itera_lite.base.core import PRESETS, IteraLiteError, Record, RunError
+from itera_lite.base.core import PRESETS, IteraLiteError, RunError
+from itera_lite.base.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-BUSY = max(
-    1, os.getloadavg()[0] / os.cpu_count()
-)  # processes that wait for each core: the limit is for a machine that is not overloaded
+# processes that wait for each core: the limit is for a machine that is not overloaded
+BUSY = max(1, os.getloadavg()[0] / os.cpu_count())
 SECONDS = 5 * BUSY  # from what ended a notebook to a file that says so
 
 PARAMETERS = "preset = 'smoke'\nseed = 0\nmodel_dir = ''\nout_dir = ''"
 NAMES = (  # parameters that other modules give a meaning; checking them takes an import of torch
     "\nmodel = 'micro'\ncorpus = 'stories'"
 )
-FINISH = """import itera_lite.base.core as core
-run = core.start_run({name!r}, preset, seed, out_dir)
+FINISH = """from itera_lite.base.record import start_run
+run = start_run({name!r}, preset, seed, out_dir)
 record = run.finish("it ended")"""
 # A cell that shows its process and that of a child, and then lasts longer than any test.
 WAIT = """import os, pathlib, subprocess, sys, time
@@ -215,7 +215,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))"""
 
 def test_full_disk_leaves_the_last_whole_notebook(project, monkeypatch):
     write_notebook(project, "03_training", "print('one')", "print('two')")
-    write, written = jobs.write_atomic, []
+    write, written = engine.write_atomic, []
 
     def fills_up(path, content):
         written.append(path)
@@ -223,6 +223,7 @@ def test_full_disk_leaves_the_last_whole_notebook(project, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(path, content)
 
+    monkeypatch.setattr(engine, "write_atomic", fills_up)
     monkeypatch.setattr(jobs, "write_atomic", fills_up)
     with pytest.raises(RunError, match="cannot be written .No space left on device."):
         jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
@@ -361,11 +362,22 @@ def no_notebooks(project):
     shutil.rmtree(project / "nbs")
 
 
+def library_notebook(project):
+    (project / "nbs/base").mkdir()
+    shutil.copy(project / "nbs/03_training.ipynb", project / "nbs/base/01_core.ipynb")
+
+
+def index_notebook(project):
+    shutil.copy(project / "nbs/03_training.ipynb", project / "nbs/index.ipynb")
+
+
 BAD = {
     "preset": (
         ["03", "smok"], None, "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?",
     ),
     "notebook": (["99", "smoke"], None, "unknown notebook '99': allowed 03_training"),
+    "library notebook": (["01", "smoke"], library_notebook, "unknown notebook '01': allowed 03_training"),
+    "index": (["index", "smoke"], index_notebook, "unknown notebook 'index': allowed 03_training"),
     "path": (["nbs/gone.ipynb", "smoke"], None, "no notebook at nbs/gone.ipynb"),
     "parameter": (["03", "smoke", "-p", "sead", "1"], None, "unknown parameter 'sead'"),
     "kind": (

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from itera_lite.checkpoints.layouts import HUGGING_FACE, config_from_hf, rename, to_native
-from itera_lite.models.model import build_model, config_from_dict
+from itera_lite.models.model import build_model
+from itera_lite.models.config import config_from_dict
 
 transformers = pytest.importorskip(
     "transformers", reason="Hugging Face's models come with pip install 'itera-lite[bench]'"
@@ -60,7 +61,8 @@ def test_logits(shape, length):
         assert error(ours(ids), theirs(ids).logits) <= TOLERANCE
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "mamba2-limits"])  # their single step does not clamp, their sequence does
+# Hugging Face's sequence clamps step sizes, its single step does not
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "mamba2-limits"])
 def test_prefill_and_single_steps(shape):
     theirs, ours = pair(shape)
     ids = torch.randint(0, 60, (2, 30), generator=torch.Generator().manual_seed(1))

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from itera_lite.checkpoints.folder import load_model, model_bytes, save_model
 from itera_lite.base.core import CheckpointError
-from itera_lite.storage.formats import compress_model
-from itera_lite.models.model import build_model, config_from_dict
-from itera_lite.methods.prune import (
-    GROUPS, find_sites, make_plan, mask_model, prune_model, prune_unstructured, slice_model, sparsity, why_not,
-)
+from itera_lite.checkpoints.folder import load_model, model_bytes, save_model
+from itera_lite.methods.channels import GROUPS, find_sites, mask_model, slice_model, why_not
+from itera_lite.methods.prune import make_plan, prune_model, prune_unstructured, sparsity
+from itera_lite.models.model import build_model
+from itera_lite.models.config import config_from_dict
+from itera_lite.storage.precision import compress_model
 
 SMALL = dict(vocab_size=60, hidden_size=32, num_layers=4, max_seq_length=48)
 SSM_ONLY = dict(norm="rmsnorm", feed_forward=False, tie_embeddings=False, positions="none")
@@ -37,7 +37,8 @@ with torch.no_grad():
     step, _ = model.step(ids[:, -1], state)
 shapes = {n: list(p.shape) for n, p in model.named_parameters()}
 torch.testing.assert_close(step, logits[:, -1], atol=1e-4, rtol=1e-4)
-json.dump(dict(logits=logits.tolist(), shapes=shapes, modules=[m for m in sys.modules if m == "itera_lite.methods.prune"]), open(out, "w"))
+modules = [m for m in sys.modules if m.startswith("itera_lite.methods.")]
+json.dump(dict(logits=logits.tolist(), shapes=shapes, modules=modules), open(out, "w"))
 """
 
 
@@ -73,7 +74,7 @@ def test_pruned_folder_runs_in_a_fresh_process(kind, tmp_path):
     small, folder = slice_model(model, plan), tmp_path / "pruned"
     save_model(small, folder)
     answer = fresh(folder, tmp_path)
-    assert not answer["modules"], "a pruned folder needs nothing of the pruning module"
+    assert not answer["modules"], "a pruned folder needs nothing of the methods that made it"
     assert answer["shapes"] == {n: list(p.shape) for n, p in small.named_parameters()}
     with torch.no_grad():
         expected, masked = small(ids), mask_model(model, plan)(ids)
@@ -148,7 +149,7 @@ def test_inspect_understands_a_pruned_folder(tmp_path):
 
 def test_pruned_model_in_transformers():
     pytest.importorskip("transformers", minversion="5")
-    from itera_lite.checkpoints.huggingface import wrap
+    from itera_lite.checkpoints.causal_lm import wrap
 
     small = prune_model(model_of("s4"), {"d_inner": 0.25}, importance="magnitude")
     wrapped, ids = wrap(small), torch.arange(1, 21)[None]

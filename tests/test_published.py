@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from itera_lite.checkpoints.folder import model_bytes, save_model, weights_sha256
-from itera_lite.base.core import DataError, Record
-from itera_lite.base.data import load_corpus, train_tokenizer
-from itera_lite.evaluation.evaluate import (
-    DocScores, EvaluationError, evaluate_folder, row_from_folder, score_documents, validate,
-)
-from itera_lite.models.model import build_model, named_config
+from itera_lite.checkpoints.folder import model_bytes, save_model
+from itera_lite.checkpoints.weights import weights_sha256
+from itera_lite.base.core import DataError
+from itera_lite.base.record import Record
+from itera_lite.base.data import load_corpus
+from itera_lite.base.tokenizers import train_tokenizer
+from itera_lite.evaluation.scores import DocScores, EvaluationError, score_documents
+from itera_lite.evaluation.evaluate import evaluate_folder, row_from_folder
+from itera_lite.evaluation.validate import validate
+from itera_lite.models.model import build_model
+from itera_lite.models.config import named_config
 
 ROOT = Path(__file__).resolve().parents[1]
 # another processor sums in another order, and a router may choose the other of two equal experts; a wrong model is off by far more

@@ -1,4 +1,4 @@
-"""The report as a reader meets it: pages in a real browser without a network, made from notebooks that papermill really ran."""
+"""The report as a reader meets it: in a real browser without a network, from notebooks that papermill really ran."""
 
 import json
 import re
@@ -12,10 +12,13 @@ import papermill
 import pytest
 from bs4 import BeautifulSoup
 
-from itera_lite.base.core import Criteria, Record, Row, RunError, start_run
-from itera_lite.reports.report import (
-    SHOW, build_report, disagreements, external_loads, find_entries, readme_table, resolve,
-)
+from itera_lite.base.record import Criteria, Record, Row, start_run
+from itera_lite.base.core import RunError
+from itera_lite.reports.entries import find_entries
+from itera_lite.reports.numbers import SHOW, disagreements, resolve
+from itera_lite.reports.pages import external_loads
+from itera_lite.reports.readme import readme_table
+from itera_lite.reports.report import build_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

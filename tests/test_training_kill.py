@@ -1,12 +1,13 @@
-"""A training run that is killed, stopped or runs out of disk ends, once it is resumed, with the same bits as one left alone.
+"""A training run that is killed, stopped or runs out of disk ends, once resumed, with the bits of one left alone.
 
-One helper process imports torch and then forks a child for each attempt, so that an attempt costs its training and no start-up.
+One process imports torch and then forks a child for each attempt, so that an attempt costs its training and no
+start-up.
 A child is ended in one of these ways:
 
-line     it kills itself (SIGKILL) before a random line of the training code: between forward passes, in a step, while logging
+line     it kills itself (SIGKILL) before a random line of the training code: in a step, while logging
 save     likewise, before a random line of the code that writes a checkpoint and removes the previous one
 time     it is killed from outside at a random time, in the middle of whatever it does
-disk     the disk has room for a random part of the next checkpoint (a small tmpfs; see `small_disk` for where that cannot be)
+disk     the disk has room for a random part of the next checkpoint (a small tmpfs, or what `small_disk` has instead)
 SIGINT   Ctrl-C at a random time: it has to end by itself, within five seconds
 SIGTERM  likewise
 """
@@ -28,11 +29,13 @@ import pytest
 
 KINDS = ("line", "save", "time", "disk", "SIGINT", "save", "line", "disk", "save", "SIGTERM")
 ATTEMPTS = 5  # in one run; after that it is left alone, and compared
-SAVING = {"save", "write_parts", "_sync_folder", "_dump", "_canonical", "remove_checkpoints", "remove_leftovers"}
+SAVING = {  # functions that write a checkpoint and remove the previous one
+    "save", "state_parts", "_dump", "canonical_json", "write_parts", "write_folder", "_beside", "_sync",
+    "remove_checkpoints", "remove_leftovers",
+}
 STEPS, DISK_BYTES = 24, 4_000_000
-LIMIT = 5 * max(
-    1, os.getloadavg()[0] / os.cpu_count()
-)  # seconds in which Ctrl-C ends training, where others leave it a core
+BUSY = max(1, os.getloadavg()[0] / os.cpu_count())  # where others leave it no core of its own
+LIMIT = 5 * BUSY  # seconds in which Ctrl-C ends training
 
 
 # --- in the helper process
@@ -43,9 +46,10 @@ def training():
     import torch
 
     from itera_lite.base.core import seed_everything
-    from itera_lite.base.data import TokenStream
-    from itera_lite.models.model import build_model, named_config
-    from itera_lite.training.train import TrainConfig
+    from itera_lite.base.batches import TokenStream
+    from itera_lite.models.model import build_model
+    from itera_lite.models.config import named_config
+    from itera_lite.training.config import TrainConfig
 
     seed_everything(1)
     ids = torch.randint(1, 3, (420,)).cumsum(0) % 17
@@ -69,9 +73,10 @@ def training():
 
 def kill_before_line(number, functions):
     """End this process before the `number`-th line of the training code, in these functions (None: in all)."""
-    from itera_lite.training import train
+    from itera_lite.base import system
+    from itera_lite.training import checkpoint, config, progress, train, trainer
 
-    left = number
+    files, left = {module.__file__ for module in (system, checkpoint, config, progress, train, trainer)}, number
 
     def on_line(frame, event, arg):
         nonlocal left
@@ -83,9 +88,7 @@ def kill_before_line(number, functions):
 
     def on_call(frame, event, arg):
         code = frame.f_code
-        return (
-            on_line if code.co_filename == train.__file__ and (functions is None or code.co_name in functions) else None
-        )
+        return on_line if code.co_filename in files and (functions is None or code.co_name in functions) else None
 
     sys.settrace(on_call)
     return lambda: number - left
@@ -122,6 +125,7 @@ def serve():
     import torch._dynamo  # noqa: F401  (torch.optim imports it late, which would cost every child seconds)
 
     training()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after training Ctrl-C ends a child as SIGTERM does
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -214,7 +218,7 @@ def full_disk(folder, free):
 
 def checkpoint_bytes(folder):
     """Size and content hash of the one checkpoint in a run's folder; (0, None) without one."""
-    newest = sorted(path for path in folder.glob("checkpoint-*") if not path.name.endswith("~"))[-1:]
+    newest = sorted(folder.glob("checkpoint-*"))[-1:]  # one that is being written or deleted is hidden
     contents = [file.read_bytes() for path in newest for file in sorted(path.iterdir())]
     return sum(map(len, contents)), (newest[0].name, hashlib.sha256(b"".join(contents)).hexdigest()) if newest else None
 
@@ -236,9 +240,7 @@ def disturb(helper, alone, kind, folder, disk, real_disk, draw):
     else:
         outcome = helper(**order, file_bytes=int(share * (size or 40_000) / 2))
     if "error" in outcome and before:
-        assert (
-            checkpoint_bytes(folder)[1] == before
-        ), "the checkpoint that was there when the disk filled up has changed"
+        assert checkpoint_bytes(folder)[1] == before, "the checkpoint that was there when the disk was full has changed"
     return outcome
 
 
@@ -250,7 +252,7 @@ def check_ending(kind, outcome):
         assert outcome["error"] == "CheckpointError" and "could not be written" in outcome["message"], outcome
         assert "\n" not in outcome["message"]
     elif kind in ("SIGINT", "SIGTERM") and outcome.get("signal") == signal.Signals[kind]:
-        assert outcome["ended_after"] < LIMIT  # it came before training began
+        assert outcome["ended_after"] < LIMIT  # it came before training began, or after its end
     elif kind in ("SIGINT", "SIGTERM") and "error" in outcome:
         assert outcome["error"] == "TrainingInterrupted" and "to resume" in outcome["message"], outcome
         assert outcome["ended_after"] < LIMIT
@@ -261,7 +263,7 @@ def check_ending(kind, outcome):
 
 
 def kill_and_compare(helper, alone, small_disk, kills, seed):
-    """Train again and again, each run disturbed up to `ATTEMPTS` times, until so many attempts were ended; compare each run."""
+    """Train again and again, each run disturbed up to `ATTEMPTS` times, until `kills` were ended; compare each run."""
     disk, real_disk = small_disk
     draw, ended, run, kinds = random.Random(seed), {}, 0, [*KINDS]
     while sum(ended.values()) < kills:
@@ -280,7 +282,8 @@ def kill_and_compare(helper, alone, small_disk, kills, seed):
                 outcome = helper(kind="quiet", folder=str(folder))
         assert outcome["weights"] == alone["weights"], f"run {run} ended with other weights"
         assert outcome["metrics"] == alone["metrics"], f"run {run} ended with other metrics"
-        assert len(list(folder.glob("checkpoint-*"))) == 1, "something half written was left behind"
+        left = [path.name for path in folder.iterdir() if path.is_dir()]
+        assert len(left) == 1 and left[0].startswith("checkpoint-"), f"something half written was left behind: {left}"
         for file in sorted(folder.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
     print(f"{sum(ended.values())} endings in {run} runs: {ended}")

@@ -1,4 +1,4 @@
-"""Training on several processes, started by torchrun on the CPU: what one process computes with the batch of both, also when resumed."""
+"""Training on several processes, started by torchrun on the CPU, computes what one does with the batch of both."""
 
 import json
 import os
@@ -14,8 +14,9 @@ def toy(experts):
     import torch
 
     from itera_lite.base.core import seed_everything
-    from itera_lite.base.data import TokenStream
-    from itera_lite.models.model import build_model, named_config
+    from itera_lite.base.batches import TokenStream
+    from itera_lite.models.model import build_model
+    from itera_lite.models.config import named_config
 
     seed_everything(1)
     ids = torch.randint(1, 3, (900,)).cumsum(0) % 17
@@ -29,11 +30,13 @@ def toy(experts):
 
 
 def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
-    """Train the toy; with `looks`, ask it to stop when it has looked for a request so many times. The curve's losses and the weights."""
-    from itera_lite.training import train
+    """The toy's losses and weights; with `looks`, it is asked to stop when it has looked for a request so often."""
+    from itera_lite.base.system import StopSignals
+    from itera_lite.training.config import TrainConfig
+    from itera_lite.training.trainer import Trainer, TrainingInterrupted, deterministic
 
     model, stream = toy(experts)
-    config = train.TrainConfig(
+    config = TrainConfig(
         max_tokens=steps * 16 * 16,
         seq_length=16,
         batch_size=batch_size,
@@ -45,18 +48,18 @@ def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
         checkpoint_every_steps=5,
         device="cpu",
     )
-    trainer = train.Trainer(model, stream, stream, config, folder, seed=3, progress=False)
-    stop = train.StopSignals()
+    trainer = Trainer(model, stream, stream, config, folder, seed=3, progress=False)
+    stop = StopSignals()
     if looks is not None:
         asked = iter(range(looks))
         stop = type(
             "Asked", (), {"received": property(lambda self: None if next(asked, None) is not None else "SIGTERM")}
         )()
-    with trainer.alone(), train.deterministic(trainer.device):
+    with trainer.alone(), deterministic(trainer.device):
         trainer.resume()
         try:
             trainer.fit(stop)
-        except train.TrainingInterrupted:
+        except TrainingInterrupted:
             return trainer.at.step
     losses = [[row["step"], row["train_loss"], row["val_nll"]] for row in trainer.at.rows]
     return {
@@ -66,11 +69,10 @@ def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
 
 
 def each_process(folder):
-    """What torchrun starts twice: undisturbed runs, and one that is asked to stop in the middle of a step, then resumed."""
+    """What torchrun starts twice: undisturbed runs, and one that is stopped in the middle of a step, then resumed."""
     outcomes = {
-        "dense": train_toy(
-            folder / "dense", batch_size=4
-        ),  # its loss does not depend on how a batch is shared, as a balancing loss does
+        # a loss that does not depend on how a batch is shared, as a balancing loss does
+        "dense": train_toy(folder / "dense", batch_size=4),
         "alone": train_toy(folder / "alone", batch_size=4, experts=True),
         "stopped_at": train_toy(folder / "stopped", batch_size=4, experts=True, looks=16),
         "resumed": train_toy(folder / "stopped", batch_size=4, experts=True),
@@ -104,10 +106,8 @@ def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
         assert a[0] == b[0]
         assert all(x == y or abs(x - y) < 1e-4 for x, y in zip(a[1:], b[1:], strict=True)), (a, b)
     assert one["losses"][-1][2] < one["losses"][0][2] - 0.1, "nothing was learnt"
-    assert (
-        max(abs(x - y) for p, q in zip(one["weights"], two["weights"], strict=True) for x, y in zip(p, q, strict=True))
-        < 1e-3
-    )
+    pairs = ((x, y) for p, q in zip(one["weights"], two["weights"], strict=True) for x, y in zip(p, q, strict=True))
+    assert max(abs(x - y) for x, y in pairs) < 1e-3
 
 
 def test_both_processes_hold_the_same_weights(two_processes):

@@ -8,9 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from itera_lite.base.core import seed_everything
-from itera_lite.base.data import EOS, TOKENIZERS, load_corpus, train_tokenizer
-from itera_lite.evaluation.evaluate import score_documents
-from itera_lite.models.model import build_model, named_config
+from itera_lite.base.data import EOS, load_corpus
+from itera_lite.base.tokenizers import TOKENIZERS, train_tokenizer
+from itera_lite.evaluation.scores import score_documents
+from itera_lite.models.model import build_model
+from itera_lite.models.config import named_config
 from itera_lite.methods.vocabulary import remap_model, shrink_tokenizer, token_use
 
 texts = st.text(min_size=1, max_size=40).filter(lambda text: EOS not in text)
