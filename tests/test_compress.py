@@ -15,8 +15,8 @@ from itera_lite.base.core import seed_everything
 from itera_lite.base.data import load_corpus
 from itera_lite.base.tokenizers import train_tokenizer
 from itera_lite.checkpoints.folder import load_model, load_tokenizer, model_bytes, read_config, save_model
-from itera_lite.models.model import build_model
 from itera_lite.models.config import named_config
+from itera_lite.models.model import build_model
 from itera_lite.storage.packed import tensor_precisions, tensor_shapes
 
 ROOT = Path(__file__).resolve().parents[1]

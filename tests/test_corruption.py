@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 
 from itera_lite.base.core import CheckpointError
+from itera_lite.checkpoints.archives import scan
 from itera_lite.checkpoints.convert import build_imported, read_source
 from itera_lite.checkpoints.folder import load_model, save_model
 from itera_lite.checkpoints.layouts import from_native
-from itera_lite.checkpoints.archives import scan
 from itera_lite.models.config import config_from_dict
 from itera_lite.models.model import build_model
 from itera_lite.storage.precision import compress_model

@@ -1,4 +1,4 @@
-"""Distillation from notes that is interrupted and gone on with by another process, which makes its notes anew, ends with the same bits."""
+"""Distillation from cached logits that another process goes on with and caches anew ends with the same bits."""
 
 import subprocess
 import sys
@@ -23,7 +23,8 @@ small, large = (train_tokenizer(corpus.train, size) for size in (300, 500))
 
 def model(seed, size, **changes):
     seed_everything(seed)
-    return build_model(named_config("micro", vocab_size=size, hidden_size=16, num_layers=2, max_seq_length=32, **changes))
+    shape = dict(vocab_size=size, hidden_size=16, num_layers=2, max_seq_length=32)
+    return build_model(named_config("micro", **shape, **changes))
 
 find, calls = Notes.find, []
 def counted(self, windows):
@@ -33,7 +34,8 @@ def counted(self, windows):
 Notes.find = counted
 
 config = TrainConfig(max_tokens=2048, seq_length=32, batch_size=4, eval_tokens=256, device="cpu")
-student, streams = model(1, 300), [encode_documents(small, documents) for documents in (corpus.train, corpus.validation)]
+student = model(1, 300)
+streams = [encode_documents(small, documents) for documents in (corpus.train, corpus.validation)]
 try: distill(student, model(0, 500), *streams, config, folder, tokenizers=(small, large), progress=False)
 except TrainingInterrupted as e: sys.exit("interrupted")
 print(weights_fingerprint(student), len(calls))

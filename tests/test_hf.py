@@ -18,7 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="pip install 'itera-lite[hf]'")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from itera_lite.base.data import EOS, load_corpus
+from itera_lite.base.data import EOS, load_corpus  # noqa: E402
 from itera_lite.base.tokenizers import train_tokenizer  # noqa: E402
 from itera_lite.checkpoints.folder import load_model, load_tokenizer, save_model  # noqa: E402
 from itera_lite.evaluation.scores import score_documents  # noqa: E402

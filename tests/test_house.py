@@ -200,6 +200,16 @@ def test_library_reads_no_pickle():
                 assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), f"{path.name}:{node.lineno}"
 
 
+def test_library_lines_are_no_wider_than_the_notebooks():
+    """Every line of every module; the list of names that nbdev writes at its own width is left out."""
+    for path in (ROOT / "itera_lite").rglob("*.py"):
+        if path.name == "_modidx.py":
+            continue
+        text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(), flags=re.M | re.S)
+        wide = [line for line in text.split("\n") if len(line) > MAX_WIDTH]
+        assert not wide, f"{path.relative_to(ROOT)}: {wide[0]}"
+
+
 def test_every_module_of_the_index_imports():
     modules = [module for module in map(module_of, NOTEBOOKS) if module]
     code = "; ".join(f"import itera_lite.{module}" for module in modules)

@@ -17,10 +17,10 @@ from itera_lite.checkpoints.inspector import inspect
 from itera_lite.checkpoints.layouts import LAYOUTS, config_to_hf, from_native, rename, to_native
 from itera_lite.checkpoints.untrusted import read_foreign
 from itera_lite.methods.channels import find_sites, slice_model
-from itera_lite.models.model import build_model
 from itera_lite.models.config import config_from_dict, named_config
-from itera_lite.storage.precision import compress_model
+from itera_lite.models.model import build_model
 from itera_lite.storage.packed import storage_bytes
+from itera_lite.storage.precision import compress_model
 
 LEGACY = Path(__file__).resolve().parents[2] / "shared/legacy"
 # leave no trace in shapes

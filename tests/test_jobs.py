@@ -12,9 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from itera_lite.jobs import notebooks as jobs
 from itera_lite.base.core import PRESETS, IteraLiteError, RunError
 from itera_lite.base.record import Record
+from itera_lite.jobs import engine
+from itera_lite.jobs import notebooks as jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from itera_lite.checkpoints.layouts import HUGGING_FACE, config_from_hf, rename, to_native
-from itera_lite.models.model import build_model
 from itera_lite.models.config import config_from_dict
+from itera_lite.models.model import build_model
 
 transformers = pytest.importorskip(
     "transformers", reason="Hugging Face's models come with pip install 'itera-lite[bench]'"

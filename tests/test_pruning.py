@@ -12,8 +12,8 @@ from itera_lite.base.core import CheckpointError
 from itera_lite.checkpoints.folder import load_model, model_bytes, save_model
 from itera_lite.methods.channels import GROUPS, find_sites, mask_model, slice_model, why_not
 from itera_lite.methods.prune import make_plan, prune_model, prune_unstructured, sparsity
-from itera_lite.models.model import build_model
 from itera_lite.models.config import config_from_dict
+from itera_lite.models.model import build_model
 from itera_lite.storage.precision import compress_model
 
 SMALL = dict(vocab_size=60, hidden_size=32, num_layers=4, max_seq_length=48)

@@ -7,26 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from itera_lite.base.core import DataError
+from itera_lite.base.data import load_corpus
+from itera_lite.base.record import Record
+from itera_lite.base.tokenizers import train_tokenizer
 from itera_lite.checkpoints.folder import model_bytes, save_model
 from itera_lite.checkpoints.weights import weights_sha256
-from itera_lite.base.core import DataError
-from itera_lite.base.record import Record
-from itera_lite.base.data import load_corpus
-from itera_lite.base.tokenizers import train_tokenizer
-from itera_lite.evaluation.scores import DocScores, EvaluationError, score_documents
 from itera_lite.evaluation.evaluate import evaluate_folder, row_from_folder
+from itera_lite.evaluation.scores import DocScores, EvaluationError, score_documents
 from itera_lite.evaluation.validate import validate
-from itera_lite.models.model import build_model
 from itera_lite.models.config import named_config
+from itera_lite.models.model import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
-# another processor sums in another order, and a router may choose the other of two equal experts; a wrong model is off by far more
+# another processor sums in another order, and a router may choose the other of two equal experts;
+# a wrong model is off by far more
 TOLERANCE = 1e-4
 KEPT = 12  # model folders; all others can be made again by their record's command
 
 
 def published():
-    """(record's folder, row) for every row whose model folder is kept beside its record; a folder of several rows once."""
+    """(record's folder, row) for every row whose model folder is kept beside its record, each folder once."""
     found, folders = [], set()
     for path in sorted((ROOT / "papermill_runs/published").rglob("metrics.json")):
         name = path.parent.relative_to(ROOT / "papermill_runs/published")

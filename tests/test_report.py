@@ -12,8 +12,8 @@ import papermill
 import pytest
 from bs4 import BeautifulSoup
 
-from itera_lite.base.record import Criteria, Record, Row, start_run
 from itera_lite.base.core import RunError
+from itera_lite.base.record import Criteria, Record, Row, start_run
 from itera_lite.reports.entries import find_entries
 from itera_lite.reports.numbers import SHOW, disagreements, resolve
 from itera_lite.reports.pages import external_loads

@@ -1,4 +1,4 @@
-"""The job script on a real Slurm.  Runs where sbatch reaches a cluster that shares this file system; elsewhere it says so and skips."""
+"""The job script on a real Slurm, where sbatch reaches a cluster that shares this file system; elsewhere it skips."""
 
 import json
 import os
@@ -31,7 +31,7 @@ needs_slurm = pytest.mark.skipif(not reachable(), reason="no Slurm cluster answe
 
 @pytest.fixture
 def project(tmp_path):
-    """A small project as a job sees it: the job script, the environment, and a toy notebook that waits as long as it is told."""
+    """A small project as a job sees it: the script, the environment, a toy notebook that waits as told."""
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = itera_lite\n")
     write_notebook(
         tmp_path, "03_training", "import time; time.sleep(wait)", FINISH.format(name="03_training"),
@@ -109,7 +109,7 @@ def test_job_fails_with_one_line_and_the_runners_status(project, arguments):
 @needs_slurm
 @pytest.mark.parametrize("options", [("--batch", "--signal=TERM"), ()], ids=["time is running out", "cancelled"])
 def test_stopped_job_leaves_a_notebook_that_says_so(project, options):
-    """Slurm signals the batch step, which exec has made the runner itself; a plain scancel reaches all processes of the job."""
+    """Slurm signals the batch step, which exec has made the runner; a plain scancel reaches every process of it."""
     job = submit(project, "03_training", "laptop", "named")
     wait_for_log(project, job, "cell 1/", seconds=60)
     time.sleep(1)  # into the waiting cell

@@ -45,10 +45,10 @@ def training():
     """What every child trains: a small model with experts and dropout, steps of three batches, epochs of four steps."""
     import torch
 
-    from itera_lite.base.core import seed_everything
     from itera_lite.base.batches import TokenStream
-    from itera_lite.models.model import build_model
+    from itera_lite.base.core import seed_everything
     from itera_lite.models.config import named_config
+    from itera_lite.models.model import build_model
     from itera_lite.training.config import TrainConfig
 
     seed_everything(1)

@@ -13,10 +13,10 @@ def toy(experts):
     """A small model and its text."""
     import torch
 
-    from itera_lite.base.core import seed_everything
     from itera_lite.base.batches import TokenStream
-    from itera_lite.models.model import build_model
+    from itera_lite.base.core import seed_everything
     from itera_lite.models.config import named_config
+    from itera_lite.models.model import build_model
 
     seed_everything(1)
     ids = torch.randint(1, 3, (900,)).cumsum(0) % 17

@@ -23,8 +23,8 @@ from itera_lite.checkpoints.archives import MAGIC, scan
 from itera_lite.checkpoints.folder import load_model, save_model
 from itera_lite.checkpoints.pickles import SLACK_BYTES
 from itera_lite.checkpoints.untrusted import read_foreign, run_child
-from itera_lite.models.model import build_model
 from itera_lite.models.config import named_config
+from itera_lite.models.model import build_model
 
 # archives with two entries of a name; torch's old formats
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:.*deprecated")

@@ -1,4 +1,4 @@
-"""No text becomes unencodable: whatever was cut from a vocabulary, any Unicode text comes back as it was and has a finite score."""
+"""Whatever was cut from a vocabulary, any Unicode text comes back as it was and has a finite score."""
 
 import functools
 
@@ -11,9 +11,9 @@ from itera_lite.base.core import seed_everything
 from itera_lite.base.data import EOS, load_corpus
 from itera_lite.base.tokenizers import TOKENIZERS, train_tokenizer
 from itera_lite.evaluation.scores import score_documents
-from itera_lite.models.model import build_model
-from itera_lite.models.config import named_config
 from itera_lite.methods.vocabulary import remap_model, shrink_tokenizer, token_use
+from itera_lite.models.config import named_config
+from itera_lite.models.model import build_model
 
 texts = st.text(min_size=1, max_size=40).filter(lambda text: EOS not in text)
 sizes = st.sampled_from([257, 300, 380])

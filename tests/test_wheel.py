@@ -47,10 +47,12 @@ def facts_of(environment, folder):
 def test_wheel_holds_the_library_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "itera_lite").rglob("*.py")}
-    assert modules | {"itera_lite/py.typed"} <= names
+    static = (ROOT / "itera_lite/reports/static").iterdir()
+    data = {"itera_lite/py.typed"} | {path.relative_to(ROOT).as_posix() for path in static}
+    assert modules | data <= names
     metadata = {name for name in names if ".dist-info/" in name}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
-    assert names - metadata == modules | {"itera_lite/py.typed"}
+    assert names - metadata == modules | data
 
 
 def test_wheel_runs_doctor(wheel, tmp_path):
@@ -62,7 +64,7 @@ def test_wheel_runs_doctor(wheel, tmp_path):
         sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel,
         cwd=tmp_path,
     )
-    # a folder named in a .pth file serves its packages, but its own .pth files (the editable install of the tree) are not read
+    # a folder named in a .pth file serves its packages, but its .pth files (the tree's editable install) are not read
     site_packages = Path(
         run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     )

@@ -9,7 +9,7 @@ __all__ = ['SCHEMA_VERSION', 'Positive', 'NotNegative', 'Share', 'Count', 'Inter
 
 # %% ../../nbs/base/03_record.ipynb #3c027a4d
 import json, os, secrets, shlex, time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -284,7 +284,7 @@ class NotebookRun:
     ):
         self.notebook, self.preset, self.seed, self.folder = notebook, preset, seed, folder
         self.parameters = {k: portable_value(v) for k, v in parameters.items()}
-        self.started, self._clock = datetime.now(timezone.utc), time.monotonic()
+        self.started, self._clock = datetime.now(UTC), time.monotonic()
         self.id = f"{notebook}-{self.started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 # %% ../../nbs/base/03_record.ipynb #623d1306

@@ -211,6 +211,33 @@ def pareto_figure(
     return with_floor(fig, floor, [v for r in rows for v in getattr(r, bounds) or [y[id(r)]]])
 
 # %% ../../nbs/base/04_show.ipynb #4990c14d
+def _at_most(
+    rows:list[Row],
+    edge:float, # percent; what lies beyond would squeeze the rest: it is drawn here, with its value
+)->dict: # of a trace
+    "Points and intervals of paired changes."
+    drawn = [min(r.perplexity_change_percent, edge) for r in rows]
+    bounds = [r.perplexity_change_ci95 if x < edge else None for r, x in zip(rows, drawn)]
+    far = ["" if x < edge else f"{r.perplexity_change_percent:+.1f} % →" for r, x in zip(rows, drawn)]
+    return dict(x=drawn, error_x=error_bar(drawn, bounds), text=far, mode="markers+text", textposition="middle left")
+
+# %% ../../nbs/base/04_show.ipynb #f5694688
+def _finish_differences(
+    fig:go.Figure,
+    labels:list[str], # of the rows, from below
+    limit:float|None, # percent
+)->go.Figure:
+    "Lines at zero and at the limit; as high as the rows need, with the legend at its distance below."
+    fig.add_vline(x=0, line=dict(color="#7F7F7F", width=1.5))
+    if limit:
+        fig.add_vline(
+            x=limit, line=dict(color=PALETTE[1], width=1.5, dash="dash"), annotation_text=f"limit {limit:g} %",
+            annotation_position="bottom left",
+        )
+    order = dict(categoryorder="array", categoryarray=labels)
+    return fig.update_layout(height=200 + 30*len(labels), yaxis=order, legend=dict(y=-90/(50 + 30*len(labels))))
+
+# %% ../../nbs/base/04_show.ipynb #de5dad7b
 def difference_figure(
     rows:Iterable[Row], # of one record; those without a paired difference are not drawn
     baseline:str, # name of the row that differences refer to
@@ -218,44 +245,21 @@ def difference_figure(
     title:str="", # default: names the baseline
 )->go.Figure:
     "Perplexity change with its paired 95 % interval, a row each, the smallest model at the top."
-    rows, techniques = list(rows), {}
-    for r in rows: techniques.setdefault(r.technique, len(techniques)) # colours as in the plot of quality against size
-    rows = sorted(
-        (
-            r
-            for r in rows
-            if r.name != baseline and r.perplexity_change_percent is not None and r.perplexity_change_ci95
-        ),
-        key=lambda r: (r.ratio or 0),
-    )
+    rows = list(rows)
+    techniques = list(dict.fromkeys(r.technique for r in rows)) # colours as in the figure of quality against size
+    rows = [r for r in drawable(rows, "name", "perplexity_change_percent") if r.name != baseline]
+    rows = sorted((r for r in rows if r.perplexity_change_ci95), key=lambda r: r.ratio or 0)
     labels = {r.name: f"{r.name} ({r.ratio:.2f}×)" if r.ratio else r.name for r in rows}
     fig = figure(title or f"Perplexity change against {baseline}", "change (%), paired 95 % interval", "")
-    edge = (
-        10 * limit if limit else math.inf
-    )  # what lies far beyond the limit would squeeze the rest; it is drawn at the edge, with its value
-    for technique, i in techniques.items():
+    for i, technique in enumerate(techniques):
         some = [r for r in rows if r.technique == technique]
         if not some: continue
-        drawn = [min(r.perplexity_change_percent, edge) for r in some]
         fig.add_scatter(
-            x=drawn, y=[labels[r.name] for r in some], name=technique,
-            error_x=error_bar(drawn, [r.perplexity_change_ci95 if x < edge else None for r, x in zip(some, drawn)]),
-            mode="markers+text",
-            text=["" if x < edge else f"{r.perplexity_change_percent:+.1f} % →" for r, x in zip(some, drawn)],
-            textposition="middle left", marker=dict(size=10, **look(i)),
+            y=[labels[r.name] for r in some], name=technique, marker=dict(size=10, **look(i)),
+            **_at_most(some, 10 * limit if limit else math.inf),
             customdata=[[r.perplexity_change_percent, *r.perplexity_change_ci95] for r in some],
             hovertemplate=(
                 "<b>%{y}</b><br>%{customdata[0]:+.3f} % [%{customdata[1]:+.3f}, %{customdata[2]:+.3f}]<extra></extra>"
             ),
         )
-    fig.add_vline(x=0, line=dict(color="#7F7F7F", width=1.5))
-    if limit:
-        fig.add_vline(
-            x=limit, line=dict(color=PALETTE[1], width=1.5, dash="dash"), annotation_text=f"limit {limit:g} %",
-            annotation_position="bottom left",
-        )
-    fig.update_layout(
-        height=200 + 30 * len(rows), yaxis=dict(categoryorder="array", categoryarray=list(labels.values())),
-        legend=dict(y=-90 / (50 + 30 * len(rows))),
-    )  # the legend keeps its distance
-    return fig
+    return _finish_differences(fig, list(labels.values()), limit)

@@ -72,7 +72,7 @@ def fits(
     value, # given
     default, # of the parameters cell; None takes anything
 )->bool:
-    "Whether a value is of the kind of a parameter's default; null is no number, an empty text takes text, list or mapping."
+    "Whether a value is of the kind of a parameter's default; null is no number, "" takes text, list or mapping."
     if default is None: return True
     if value is None: return type(default) in (int, float)
     if default == "": return isinstance(value, (str, list, dict))
