@@ -39,7 +39,7 @@ def hf_tokenizer(
         clean_up_tokenization_spaces=False, **known
     )
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #2896c40c
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #1ec8a0fb
 def from_folder(
     folder, # that `itera_lite.checkpoints.folder.save_model` wrote
     device="cpu",
@@ -61,7 +61,7 @@ HUB_CARD = """---
     model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 """
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #063878e4
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #4fe141c6
 def hub_card(
     model:IteraLiteForCausalLM,
     card:dict, # facts of the model folder's card
@@ -74,7 +74,7 @@ def hub_card(
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["itera-lite", *kind, *packed]}
     return HUB_CARD.format(head=yaml.safe_dump(head, sort_keys=False), body=body)
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #ef31a939
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #9a8467c8
 def export(
     folder, # that `itera_lite.checkpoints.folder.save_model` wrote
     out, # new folder
@@ -99,7 +99,7 @@ def _load_hf(folder:Path, device)->tuple: # model, tokenizer
     if isinstance(model, IteraLiteForCausalLM): return model.to(device), tokenizer
     raise CheckpointError(f"{folder} holds a {model.config.model_type}, not a model of this project")
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #0c3249a9
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #8c3c52fd
 def load_either(
     folder, # a model folder, or one of Hugging Face's kind
     device="cpu",
@@ -112,7 +112,7 @@ def load_either(
     if tokenizer is None: raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be scored without one")
     return model, tokenizer
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #eb61992e
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #29355933
 @functools.cache
 def harness_class()->type:
     "The harness's class for our models, registered there as `itera_lite`. Raises `ConfigError` without lm_eval."
@@ -140,7 +140,7 @@ def harness_class()->type:
 
     return HarnessLM
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #11860f86
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #03be0839
 def harness(
     folder, # a model folder, dense or packed, or one of Hugging Face's kind
     batch_size:int=16,
@@ -150,7 +150,7 @@ def harness(
     "A model for `lm_eval.simple_evaluate(model=…)`."
     return harness_class()(folder, device=device, batch_size=batch_size, **settings)
 
-# %% ../../nbs/checkpoints/06_huggingface.ipynb #88f702fc
+# %% ../../nbs/checkpoints/06_huggingface.ipynb #5c2cd1ee
 def main()->str|None: # what was wrong, in one line
     "`lm_eval`'s own command line, with our models registered."
     try:

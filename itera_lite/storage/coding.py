@@ -23,7 +23,7 @@ def deflate(
     coder = zlib.compressobj(9, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
     return coder.compress(content) + coder.flush()
 
-# %% ../../nbs/storage/02_coding.ipynb #3d0eaee5
+# %% ../../nbs/storage/02_coding.ipynb #4be47b27
 def inflate(
     content:bytes, # one stream, and whatever follows it
     size:int, # bytes it must give
@@ -37,7 +37,7 @@ def inflate(
         raise CheckpointError(f"{what} does not hold the {size:,} bytes that its model needs")
     return found, coder.unused_data
 
-# %% ../../nbs/storage/02_coding.ipynb #ff48357b
+# %% ../../nbs/storage/02_coding.ipynb #be2bb8d0
 def planes(tensor:Tensor)->bytes:
     "A tensor's bytes, of all its numbers the first (lowest) bytes before the second ones."
     return tensor.reshape(-1, 1).view(torch.uint8).T.contiguous().numpy().tobytes()
@@ -60,19 +60,19 @@ def join_digits(index:Tensor, symbols:int)->bytes:
     rows = torch.cat([index.long(), index.new_zeros(-len(index) % k).long()]).reshape(-1, k)
     return (rows*symbols**torch.arange(k)).sum(1).to(torch.uint8).numpy().tobytes()
 
-# %% ../../nbs/storage/02_coding.ipynb #f18d0cf3
+# %% ../../nbs/storage/02_coding.ipynb #e4d5bd94
 def split_digits(content:bytes, n:int, symbols:int)->Tensor: # codes (n)
     "Undo `join_digits`."
     octets = from_planes(content, torch.uint8, (-1,)).long()
     return (octets[:, None]//symbols**torch.arange(digits(symbols)) % symbols).reshape(-1)[:n]
 
-# %% ../../nbs/storage/02_coding.ipynb #3bfed573
+# %% ../../nbs/storage/02_coding.ipynb #63adb54a
 def code_stream(index:Tensor)->bytes:
     "Codes (n), counted from 0: the lowest and the highest that occur, then all, Huffman-coded."
     low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
     return bytes([low, high]) + deflate(join_digits(index - low, high - low + 1))
 
-# %% ../../nbs/storage/02_coding.ipynb #cbe6a7e7
+# %% ../../nbs/storage/02_coding.ipynb #1cfcd34d
 def from_code_stream(content:bytes, n:int, symbols:int, what:str)->tuple[Tensor, bytes]: # codes (n), what follows
     "Undo `code_stream`. Raises `CheckpointError`."
     low, high = content[:2] if len(content) > 1 else (1, 0)
@@ -93,7 +93,7 @@ def _plain(shapes:dict, precisions:dict)->list: # of (dtype, [(name, ending, sha
             if ending or f.per is None: kinds.setdefault(dtype, []).append((name, ending, shape))
     return sorted(kinds.items(), key=str)
 
-# %% ../../nbs/storage/02_coding.ipynb #8794c564
+# %% ../../nbs/storage/02_coding.ipynb #d9e86a43
 def encode_stream(
     packed:dict, # name → `Packed`, all of a model's tensors
 )->bytes:
@@ -104,14 +104,14 @@ def encode_stream(
     scaled = [n for n in sorted(packed) if get_format(precisions[n]).per]
     return b"".join(parts + [code_stream(packed[n].index) for n in scaled])
 
-# %% ../../nbs/storage/02_coding.ipynb #48d2e476
+# %% ../../nbs/storage/02_coding.ipynb #9c52c009
 def _as_codes(index:Tensor, precision:str, shape)->Tensor:
     "Codes (n), counted from the lowest, as a tensor of this precision stores them."
     f = get_format(precision)
     if f.dtype != torch.int8: return pack_codes(index, f.symbols)
     return (index - int(f.levels)).to(torch.int8).reshape(shape)
 
-# %% ../../nbs/storage/02_coding.ipynb #3764c151
+# %% ../../nbs/storage/02_coding.ipynb #2fd950db
 def decode_stream(
     content:bytes, # from `encode_stream`
     shapes:dict, # name → shape
