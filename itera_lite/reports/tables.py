@@ -118,7 +118,7 @@ def artifact_state(
 def columns_of(
     record:Record,
 )->list[Column]:
-    "The columns of a record's table. Where a model as it was stands without tokens, those of the others were added to it."
+    "The columns of a table: tokens are those added where a model as it was stands without any."
     added = any(r.technique == "none" and r.train_tokens is None for r in record.results)
     if not added or any(r.technique == "trained alone" for r in record.results): return list(COLUMNS)
     return [replace(c, label="Training added") if c.field == "/train_tokens" else c for c in COLUMNS]
