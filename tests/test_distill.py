@@ -11,11 +11,16 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from itera_lite.base.core import seed_everything
-from itera_lite.base.data import encode_documents, load_corpus, train_tokenizer
-from itera_lite.methods.distill import Notes, distill
-from itera_lite.models.model import build_model, named_config
+from itera_lite.base.batches import encode_documents
+from itera_lite.base.data import load_corpus
+from itera_lite.base.tokenizers import train_tokenizer
+from itera_lite.methods.cached_logits import Notes
+from itera_lite.methods.distill import distill
+from itera_lite.models.config import named_config
+from itera_lite.models.model import build_model
+from itera_lite.training.config import TrainConfig
 from itera_lite.training.teacher import weights_fingerprint
-from itera_lite.training.train import TrainConfig, TrainingInterrupted
+from itera_lite.training.trainer import TrainingInterrupted
 
 folder, stop_at = sys.argv[1], int(sys.argv[2])
 corpus = load_corpus("stories", limit_documents=60)
