@@ -188,11 +188,11 @@ def pareto_figure(
     limit:float|None=None, # of the loss; drawn as a line
 )->go.Figure:
     "Loss with its 95 % interval against size, a colour and marker per technique; the Pareto front is joined."
-    rows, (x_title, unit, turned), (y_title, bounds) = drawable(rows, size, loss), SIZES[size], LOSSES[loss]
+    rows, (x_title, unit, inverted), (y_title, bounds) = drawable(rows, size, loss), SIZES[size], LOSSES[loss]
     x, y = {id(r): getattr(r, size)/unit for r in rows}, {id(r): getattr(r, loss) for r in rows}
     fig = figure(title, x_title, y_title)
     if rows: fig.update_xaxes(**plain_log_axis(min(x.values()), max(x.values())))
-    front = [rows[i] for i in pareto_front([(-x[id(r)] if turned else x[id(r)], y[id(r)]) for r in rows])]
+    front = [rows[i] for i in pareto_front([(-x[id(r)] if inverted else x[id(r)], y[id(r)]) for r in rows])]
     fig.add_scatter(
         x=[x[id(r)] for r in front], y=[y[id(r)] for r in front], mode="lines", name="Pareto front",
         line=dict(color="#7F7F7F", width=1.5, dash="dot"), hoverinfo="skip",
