@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'SYMBOLS', 'SIZES', 'LOSSES', 'number', 'interval', 'with_
            'pareto_front', 'drawable', 'pareto_figure', 'difference_figure']
 
 # %% ../../nbs/base/04_show.ipynb #459334db
-import math
+import math, re
 from collections.abc import Iterable
 
 import plotly.graph_objects as go
@@ -55,7 +55,11 @@ def markdown_table(
     rows, # lists of cells; None is a dash
 )->str:
     "A table in Markdown."
-    body = [[str("–" if cell is None else cell).replace("|", "\\|") for cell in row] for row in rows]
+    def text(cell):
+        cell = str("–" if cell is None else cell).replace("|", "\\|")
+        # the stars of a pattern such as layers.*.moe.experts.*.w1 are no emphasis
+        return cell if "`" in cell else re.sub(r"(?<=\.)\*|\*(?=\.)", r"\*", cell)
+    body = [[text(cell) for cell in row] for row in rows]
     return tabulate(body, list(header), tablefmt="pipe", disable_numparse=True)
 
 def table(
