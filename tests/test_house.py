@@ -106,6 +106,8 @@ def test_notebook_is_short_enough_to_read(path):
 @each_library
 def test_library_notebook_exports_the_module_of_its_room(path):
     assert re.fullmatch(r"\d\d[a-z]?_\w+", path.stem), "named by its number in the folder"
+    number = path.stem.split("_")[0]
+    assert len(list(path.parent.glob(f"{number}_*.ipynb"))) == 1, f"two notebooks have the number {number}"
     folder, module = path.parent.name, path.stem.split("_", 1)[1]
     assert module_of(path) == f"{folder}.{module}" and folder in FLOOR
 
@@ -155,6 +157,15 @@ def test_library_notebook_imports_only_downwards(path):
 @each_experiment
 def test_experiment_imports_modules_that_exist(path):
     assert set(imported_rooms(path)) <= {module_of(other) for other in LIBRARY}
+
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    """A link to another notebook or file names one that is there; the index is read from the project's root."""
+    home = ROOT if path.stem == "index" else path.parent
+    text = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not re.match(r"\w+:", link)]
+    assert not [link for link in links if not (home / link).exists()]
 
 
 # The library
