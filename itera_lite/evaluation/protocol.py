@@ -73,7 +73,8 @@ def choose(
     if not candidates: raise ConfigError("no candidate could be measured: nothing to choose from; the rows say why")
     target, limit = criteria.target_ratio, criteria.max_ppl_change_percent
     def worst(name): # figures of the seed that does worst
-        return min(ratio for ratio, _ in candidates[name]), max(change for _, change in candidates[name])
+        changes = [change if math.isfinite(change) else math.inf for _, change in candidates[name]] # NaN is no success
+        return min(ratio for ratio, _ in candidates[name]), max(changes)
     def merit(name):
         ratio, change = worst(name)
         within = change <= limit
