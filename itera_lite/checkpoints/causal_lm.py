@@ -25,6 +25,7 @@ try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise ConfigError(f"itera_lite.checkpoints.huggingface needs transformers 5 or newer ({error}):"
@@ -147,6 +148,9 @@ def empty_packed(
     return packed
 
 # %% ../../nbs/checkpoints/05a_causal_lm.ipynb #c2b70f52
+for known in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    known.pop("itera_lite", None) # a cell that is run again, or an import after it, defines these classes anew
+
 @register_quantization_config("itera_lite")
 class PackedConfig(QuantizationConfigMixin):
     "`quantization_config` of a packed model: a map as pairs, because `transformers` sorts the keys it writes."
