@@ -266,9 +266,9 @@ def read(cls:Record,
 # %% ../../nbs/base/03_record.ipynb #6a4a94b1
 @patch
 def opening(self:Record)->str: # one line
-    "Outcome and headline; of a record without headline, the first sentence of its verdict."
-    first = re.split(r"(?<=[^\d\s][.;])\s(?=[A-Z])", re.sub("^(SUCCESS|PARTIAL|FAILURE): ", "", self.verdict))[0]
-    text, outcome = self.headline or f"{first.rstrip('.; ')}.", self.criteria and self.criteria.outcome
+    "Outcome and headline; of a record without headline, the beginning of its verdict."
+    first = re.split(r"(?<=[^\d\s])[.;]\s", re.sub("^(SUCCESS|PARTIAL|FAILURE): ", "", self.verdict))[0]
+    text, outcome = self.headline or f"{first.rstrip('.')}.", self.criteria and self.criteria.outcome
     return f"{outcome}: {text}" if outcome else text
 
 # %% ../../nbs/base/03_record.ipynb #990ce886
