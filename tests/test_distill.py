@@ -33,8 +33,9 @@ def model(seed, size, **changes):
 
 find, calls = Notes.find, []
 def counted(self, windows):
-    calls.append(1)
-    if len(calls) == stop_at: os.kill(os.getpid(), signal.SIGTERM)
+    if len(windows) == 4: # a batch, and not all that the notes are made of
+        calls.append(1)
+        if len(calls) == stop_at: os.kill(os.getpid(), signal.SIGTERM)
     return find(self, windows)
 Notes.find = counted
 

@@ -274,6 +274,9 @@ def test_no_absolute_path_of_a_machine():
     assert not found
 
 
+MAX_README_LINES = 120
+
+
 def test_readme_is_what_the_index_notebook_gives(tmp_path):
     environment = {
         name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
@@ -285,4 +288,23 @@ def test_readme_is_what_the_index_notebook_gives(tmp_path):
         ],
         cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
     )
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
+    readme = (tmp_path / "README.md").read_text()
+    assert readme == (ROOT / "README.md").read_text(), "run `make readme`"
+    assert readme.count("\n") <= MAX_README_LINES, "README fits a screen or three: long tables have a page of their own"
+
+
+def test_pages_beside_readme_are_what_records_and_notebooks_give():
+    from itera_lite.reports.front_page import generated
+
+    for name, text in generated(ROOT).items():
+        assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name}: run `make readme`"
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "nbs/README.md", "papermill_runs/README.md",
+         "papermill_runs/published/README.md")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_of_pages_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / path).read_text(encoding="utf-8"))
+    assert not [link for link in links if not re.match(r"\w+:", link) and not ((ROOT / path).parent / link).exists()]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +16,9 @@ import pytest
 
 from itera_lite.base.core import PRESETS, IteraLiteError, RunError
 from itera_lite.base.record import Record
-from itera_lite.jobs import engine
+from itera_lite.jobs import engine, line
 from itera_lite.jobs import notebooks as jobs
+from itera_lite.reports.entries import notebook_status
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -248,6 +251,176 @@ def test_notebook_without_a_record_is_an_error(project):
         jobs.run_notebook("03", "papermill_runs/smoke/03_training", progress=False, pictures=False)
 
 
+# What a person sees meanwhile
+
+REPORTS = """from IPython.display import display
+def show(text, **how): return display({"text/plain": text}, raw=True, metadata={"itera_lite": "progress"}, **how)
+for step in range(1, 4): show(f"training {step}/3 · 1.92 bits per byte", display_id="bar", update=step > 1)
+import subprocess, sys
+_ = subprocess.run([sys.executable, "-c", "import sys; print('rows: 50%|##  | 2/4 [00:01<00:01]', file=sys.stderr)"])
+"""
+
+
+def reporting(project):
+    """A toy 03_training whose work stands under a heading and reports its progress."""
+    write_notebook(
+        project, "03_training", REPORTS, FINISH.format(name="03_training"),
+        parameters=(PARAMETERS + NAMES).replace("model_dir = ''\n", ""),
+    )
+    nb = nbformat.read(project / "nbs/03_training.ipynb", 4)
+    nb.cells[:1] = [nbformat.v4.new_markdown_cell("# Training\n\n> a question"), nb.cells[0]]
+    nb.cells[2:2] = [nbformat.v4.new_markdown_cell("## The [run](x.ipynb)")]
+    nbformat.write(nb, project / "nbs/03_training.ipynb")
+
+
+def test_log_gets_two_lines_for_a_short_notebook(project, capsys):
+    reporting(project)
+    assert jobs.main(["03", "smoke"]) == 0
+    first, last, end = capsys.readouterr().err.splitlines()
+    assert first == "[1/1] 03_training · starts" and end == "finished: papermill_runs/smoke"
+    assert re.fullmatch(r"\[1/1\] 03_training · it ended · \d+ s", last)
+
+
+def test_line_shows_what_the_running_cell_reports(project, capsys, monkeypatch):
+    monkeypatch.setattr(line, "LOG_SECONDS", 0)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # with it, a kernel leaves alone what its child processes print
+    reporting(project)
+    assert jobs.main(["03", "smoke"]) == 0
+    said = [text.removeprefix("[1/1] 03_training · ") for text in capsys.readouterr().err.splitlines()]
+    assert said[:7] == [
+        "starts", "Training · cell 2 of 5", "The run · cell 4 of 5",
+        *(f"training {step}/3 · 1.92 bits per byte" for step in (1, 2, 3)), "rows: 2/4 [00:01<00:01]",
+    ]
+    displays = [out for cell in report(project).cells for out in cell.get("outputs", []) if "data" in out]
+    assert displays == []  # a finished bar says nothing
+
+
+def test_terminal_gets_one_line_that_is_written_over(project):
+    reporting(project)
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "itera_lite.jobs.notebooks", "03", "smoke"], cwd=project, stderr=theirs, stdout=theirs,
+        env=environment,
+    )
+    os.close(theirs)
+    written = b""
+    try:
+        while piece := os.read(ours, 4096):
+            written += piece
+    except OSError:  # Linux reports the end of a terminal so
+        pass
+    assert process.wait(timeout=60 * BUSY) == 0
+    lines = written.decode().split("\r\n")
+    assert [bool(text) for text in lines] == [True, True, False] and lines[1] == "finished: papermill_runs/smoke"
+    shown = [text.removesuffix("\x1b[K") for text in lines[0].split("\r") if text]
+    assert shown[0] == "[1/1] 03_training · starts" and "it ended" in shown[-1]
+    assert "[1/1] 03_training · training 3/3 · 1.92 bits per byte" in shown and max(map(len, shown)) < 80
+
+
+def test_output_of_notebooks_is_shown_on_request(project, capsys):
+    reporting(project)
+    assert jobs.main(["03", "smoke", "--log-output"]) == 0
+    said = capsys.readouterr().err
+    assert "03_training in effect: preset='smoke', seed=7" in said and "[1/1] 03_training · it ended" in said
+
+
+def test_failed_notebook_keeps_the_last_report_of_progress(project, capsys):
+    write_notebook(project, "03_training", REPORTS + "1/0", parameters=PARAMETERS + NAMES)
+    assert jobs.main(["03", "smoke"]) == 1
+    assert "[1/1] 03_training · failed in cell 2\nerror: 03_training failed in cell 2 (" in capsys.readouterr().err
+    displays = [out for cell in report(project).cells for out in cell.get("outputs", []) if "data" in out]
+    assert [out.data["text/plain"] for out in displays] == ["training 3/3 · 1.92 bits per byte"]
+
+
+def test_executed_notebook_opens_with_its_abstract(project):
+    """Below the title; it is no cell of the source notebook, and goes when its copy is executed again."""
+    reporting(project)
+    folder = project / "papermill_runs/smoke/03_training"
+    record = jobs.run_notebook("03", folder, progress=False, pictures=False)
+    nb = report(project)
+    assert [jobs.ABSTRACT_TAG in cell.metadata.get("tags", []) for cell in nb.cells].index(True) == 1
+    assert nb.cells[1].source == record.abstract() and "**it ended**" in record.abstract()
+    assert jobs.ended_well(folder / "report.ipynb") and notebook_status(nb).state == "ok"
+    assert len(statuses(nb)) == 6  # the five of the notebook, and the injected one
+    nb.cells[-1].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[]))
+    assert notebook_status(nb).cell == 5
+    again = subprocess.run(
+        [BIN / "papermill", folder / "report.ipynb", project / "again.ipynb", "--no-progress-bar"], capture_output=True
+    )
+    assert again.returncode == 0 and len(nbformat.read(project / "again.ipynb", 4).cells) == len(nb.cells) - 1
+
+
+# Plain papermill
+
+
+def plain_papermill(notebook, *words, cwd):
+    """Run a notebook as papermill's own command does; the process, and the executed notebook's printed text."""
+    environment = {name: value for name, value in os.environ.items() if name != "ITERA_LITE_ROOT"}
+    done = subprocess.run(
+        [BIN / "papermill", notebook, cwd / "out.ipynb", "--no-progress-bar", *words], cwd=cwd, env=environment,
+        capture_output=True, text=True,
+    )
+    outputs = [out for cell in nbformat.read(cwd / "out.ipynb", 4).cells for out in cell.get("outputs", [])]
+    return done, "".join(out.text for out in outputs if out.output_type == "stream")
+
+
+BAD_P = {
+    "misspelt": (["-p", "sead", "7"], "unknown parameter of 03_training (from papermill) 'sead': "),
+    "list as text": (["-p", "seeds", "[0, 1]"], "takes it for text: write -y 'seeds: [0, 1]'"),
+    "kind": (["-p", "seed", "many"], "seed of 03_training (from papermill) is 'many': must be a whole number"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), BAD_P.values(), ids=BAD_P)
+def test_plain_papermill_refuses_a_bad_parameter(project, words, said):
+    write_notebook(project, "03_training", FINISH.format(name="03_training"), parameters=PARAMETERS + "\nseeds = [0]")
+    done, printed = plain_papermill(project / "nbs/03_training.ipynb", *words, cwd=project)
+    assert done.returncode == 1 and said in done.stderr.strip().splitlines()[-1] and "in effect" not in printed
+    assert not (project / "papermill_runs").exists()
+
+
+def test_plain_papermill_takes_what_fits(project):
+    write_notebook(
+        project, "03_training", "assert seeds == [0, 1] and seed == 7", FINISH.format(name="03_training"),
+        parameters=PARAMETERS + "\nseeds = [0]",
+    )
+    done, printed = plain_papermill(
+        project / "nbs/03_training.ipynb", "-y", "seeds: [0, 1]", "-p", "seed", "7", cwd=project
+    )
+    assert done.returncode == 0 and "03_training in effect: preset='smoke', seed=7" in printed
+
+
+def test_plain_papermill_refuses_a_notebook_that_lost_its_tag(project):
+    write_notebook(project, "03_training", FINISH.format(name="03_training"), tags=())
+    done, _ = plain_papermill(project / "nbs/03_training.ipynb", "-p", "seed", "7", cwd=project)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("RunError: papermill found no cell tagged 'parameters'")
+
+
+def test_real_notebook_refuses_a_misspelt_parameter_from_any_folder(tmp_path):
+    done, printed = plain_papermill(ROOT / "nbs/03_training.ipynb", "-p", "max_token", "8192", cwd=tmp_path)
+    assert done.returncode == 1 and printed == ""
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.endswith("more (nbs/03_training.ipynb has them all); did you mean 'max_tokens'?")
+
+
+def test_notebook_finds_the_project_from_any_folder(tmp_path):
+    write_notebook(
+        tmp_path, "03_training", FINISH.format(name="03_training"),
+        "from itera_lite.base.core import cache_dir; print('cache', cache_dir())",
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done, printed = plain_papermill(
+        tmp_path / "nbs/03_training.ipynb", "-p", "out_dir", str(tmp_path / "run"), cwd=elsewhere
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{elsewhere} is not in the project: paths and results are relative to {ROOT}" in printed
+    assert f"cache {ROOT}/papermill_runs/.cache" in printed and Record.read(tmp_path / "run").notebook == "03_training"
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["out.ipynb"]
+
+
 # The project's own notebooks and presets
 
 
@@ -322,7 +495,7 @@ def test_stopped_pipeline_goes_on_where_it_was(project):
     first = (project / "papermill_runs/smoke/03_training/report.ipynb").read_bytes()
     again = Runner(project, "03,07", "smoke")
     assert again.end()[0] == 0, again.text()
-    assert "03_training: kept" in again.text()
+    assert "[1/2] 03_training · kept" in again.text()
     assert (project / "papermill_runs/smoke/03_training/report.ipynb").read_bytes() == first
     assert Record.read(project / "papermill_runs/smoke/07_mixed_precision").run.parameters["seed"] == 7
     settings = (project / "papermill_runs/smoke/07_mixed_precision/params.yaml").read_text()
@@ -377,6 +550,8 @@ BAD = {
         ["03", "smok"], None, "unknown preset 'smok': allowed smoke, laptop, gpu, cluster; did you mean 'smoke'?",
     ),
     "notebook": (["99", "smoke"], None, "unknown notebook '99': allowed 03_training"),
+    "number without its zero": (["3", "smoke"], None, "did you mean '03_training'?"),
+    "part of a name": (["train", "smoke"], None, "did you mean '03_training'?"),
     "library notebook": (["01", "smoke"], library_notebook, "unknown notebook '01': allowed 03_training"),
     "index": (["index", "smoke"], index_notebook, "unknown notebook 'index': allowed 03_training"),
     "path": (["nbs/gone.ipynb", "smoke"], None, "no notebook at nbs/gone.ipynb"),
@@ -430,3 +605,11 @@ def test_parameter_that_a_notebook_overwrites_is_found(project):
     write_notebook(project, "03_training", "seed = 0", FINISH.format(name="03_training"))
     with pytest.raises(IteraLiteError, match="seed=7 became 0"):
         jobs.run_notebook("03", "papermill_runs/smoke/03_training", {"seed": 7}, progress=False, pictures=False)
+
+
+def test_folder_that_cannot_be_written_is_found_before_the_work(project, capsys):
+    (project / "taken").write_text("a file")
+    assert jobs.main(["03", "smoke", "--run-dir", "taken/run"]) == 1
+    assert capsys.readouterr().err == (
+        "error: taken/run cannot be written (Not a directory): name another folder\n"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 
 from itera_lite.base.core import DataError
 from itera_lite.base.data import load_corpus
@@ -18,6 +19,8 @@ from itera_lite.evaluation.scores import DocScores, EvaluationError, score_docum
 from itera_lite.evaluation.validate import validate
 from itera_lite.models.config import named_config
 from itera_lite.models.model import build_model
+from itera_lite.reports.entries import read_entry
+from itera_lite.reports.pages import notebook_page
 
 ROOT = Path(__file__).resolve().parents[1]
 # another processor sums in another order, and a router may choose the other of two equal experts;
@@ -65,6 +68,16 @@ def text_of(record):
         record.data.eval_bytes in ends
     ), "the corpus at hand is not the one of the record: no number of its first documents has as many bytes"
     return documents[: int(np.searchsorted(ends, record.data.eval_bytes)) + 1]
+
+
+@pytest.mark.parametrize("notebook", ["05_quantization", "08d_advice"])
+def test_a_report_from_before_abstracts_opens_with_one(notebook):
+    entry = read_entry("tinystories", ROOT / "papermill_runs/published/tinystories" / notebook)
+    page = BeautifulSoup(notebook_page(entry), "html.parser")
+    cells = page.select(".jp-MarkdownCell")
+    assert cells[0].h1 and entry.record.opening() in cells[1].text and "Machine" in cells[1].text
+    assert all(code.find_parent("details", class_="code") for code in page.select(".jp-CodeCell .jp-Cell-inputWrapper"))
+    assert not page.select("details[open]") and page.select("main figure.plot") and page.select("main table")
 
 
 @pytest.mark.parametrize("folder, row", published())

@@ -13,9 +13,9 @@ import pytest
 from bs4 import BeautifulSoup
 
 from itera_lite.base.core import RunError
-from itera_lite.base.record import Criteria, Record, Row, start_run
+from itera_lite.base.record import Criteria, DataInfo, Record, Row, start_run
 from itera_lite.reports.entries import find_entries
-from itera_lite.reports.numbers import SHOW, disagreements, resolve
+from itera_lite.reports.numbers import HOW, SHOW, disagreements, resolve, sources
 from itera_lite.reports.pages import external_loads
 from itera_lite.reports.readme import readme_table
 from itera_lite.reports.report import build_report
@@ -31,7 +31,9 @@ FLAGS = [
 GOOD = [
     "md:# Measured\n\nWith $h_t = e^{\\Delta_t A} h_{t-1}$.",
     "parameters:n = 2",
-    "import plotly.graph_objects as go",
+    "import plotly.graph_objects as go\nfrom IPython.display import Markdown",
+    "print(f'07_good in effect: n={n}')",
+    "Markdown('| row | value |\\n|:--|--:|\\n' + '\\n'.join(f'| r{i} | {i} |' for i in range(20)))",
     "go.Figure([go.Scatter(x=[0, 1, n], y=[0, 1, 4]), go.Scatter(x=[0, 1, n], y=[1, 1, 1])], layout_title='Squares')",
 ]
 BAD = ["parameters:experts = 2", "assert experts < 3, f'top-{experts} of 2 experts'", "print('never reached')"]
@@ -74,14 +76,28 @@ def run_folder(tmp_path_factory):
             perplexity_change_ci95=[0.2, 0.42],
         ),
         Row(name="cut", technique="pruning", status="failed", reason="conv1d got 192 channels for 211"),
+        *(
+            Row(
+                name=f"nf4, seed {seed}", technique="training", file_bytes=500, ratio=8.0,
+                bits_per_byte=2.01 + seed / 100, perplexity=9.6 + seed, perplexity_change_percent=2.0 + seed,
+                perplexity_change_ci95=[1.5 + seed, 2.5 + seed],
+            )
+            for seed in range(3)
+        ),
     ]
+    data = DataInfo(
+        corpus="made up", sha256={"test": "0" * 64}, tokenizer_sha256="0" * 64, vocab_size=10, eval_bytes=1000,
+    )
     criteria = Criteria(target_ratio=3.8, max_ppl_change_percent=0.5)
     criteria.judge(4.0, 0.31, 0.42)
     points = [
         dict(step=1, tokens=100, seconds=1.5, train_bpb=3.0, val_bpb=3.1),
         dict(step=2, tokens=200, seconds=3.0, val_bpb=2.5),
     ]
-    run.finish("rows made up for a test", rows, "fp32", criteria=criteria, curves={"fp32": points})
+    run.finish(
+        "int8 <b> is made up for a test.", rows, "fp32", data=data, criteria=criteria, curves={"fp32": points},
+        findings=["So is the rest."],
+    )
     run_by_papermill(folder / "07_good", GOOD, n=3)
     run_by_papermill(folder / "08_bad", BAD, experts=3)
     return folder
@@ -122,8 +138,119 @@ def test_a_figure_is_drawn_in_a_browser_without_network(site):
     assert page.select_one("figcaption").text == "Squares" and page.find("math")
     overview = opened(site / "index.html")
     figures = overview.select("figure.plot")
-    assert len(figures) == 2, "the training curve and the paired difference"
-    assert all(figure.select(".scatterlayer .trace") for figure in figures)
+    assert len(figures) == 3, "quality against size; behind a fold the training curve and the paired difference"
+    drawn = [bool(figure.select(".scatterlayer .trace")) for figure in figures]
+    assert drawn == [True, False, False], "what is behind a fold is drawn when it is opened"
+    assert {"trained with rounding inside", "rounded after training", "as trained"} & {
+        button.text.split(" ", 1)[1] for button in figures[0].select("ul.legend button")
+    }
+
+
+def measured(page, tmp_path, script, width):
+    """What a script finds in a page after its figures were drawn, on a screen of some width."""
+    shutil.copy(page.parent / "plotly.min.js", tmp_path)
+    tell = f"() => {{ document.title = JSON.stringify({script}) }}"
+    late = f"<script>addEventListener('load', () => setTimeout({tell}, 2000))</script>"
+    narrow = f"<style>body {{ max-width: {width}px; }}</style>"  # a window of chromium has at least 500 pixels
+    (tmp_path / page.name).write_text(page.read_text() + narrow + late)
+    return json.loads(opened(tmp_path / page.name, width=max(500, width)).title.text)
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_the_figure_of_the_overview_leaves_room_for_its_plot(site, tmp_path, width):
+    """Axes take at least three fifths of the figure's width and height, legend included, on a phone too."""
+    script = """(() => { const box = document.querySelector("figure.plot");
+        const plot = box.querySelector(".canvas")._fullLayout._size, whole = box.getBoundingClientRect();
+        return [plot.w/whole.width, plot.h/whole.height, whole.width] })()"""
+    across, up, wide = measured(site / "index.html", tmp_path, script, width)
+    assert wide <= width and across >= 0.6 and up >= 0.6, (across, up, wide)
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_nothing_of_a_report_lies_beyond_its_column(site, tmp_path, width):
+    """Outputs end where the text ends; what is wider scrolls within."""
+    script = """[...document.querySelectorAll(".jp-OutputArea-output, figure.plot")].map(box =>
+        box.getBoundingClientRect().right - document.querySelector("main .jp-Cell").getBoundingClientRect().right)"""
+    beyond = measured(site / "tests.07_good.html", tmp_path, script, width)
+    assert len(beyond) >= 3 and max(beyond) <= 0, beyond
+
+
+def test_a_reader_sees_text_tables_and_figures_and_code_on_request(site, run_folder):
+    page = BeautifulSoup((site / "tests.07_good.html").read_text(), "html.parser")
+    inputs = page.select(".jp-CodeCell .jp-Cell-inputWrapper")
+    assert len(inputs) >= 4 and all(code.find_parent("details", class_="code") for code in inputs)
+    assert not page.select("details.code[open]") and page.select_one("button#code").text == "show all code"
+    quiet = page.select_one("details.code")
+    assert "in effect" in quiet.text and quiet.summary.text.startswith("code, "), "settings are behind a fold"
+    for shown in ("figure.plot", "table"):
+        assert not page.select_one(f"main {shown}").find_parent("details")
+    failed = BeautifulSoup((site / "tests.08_bad.html").read_text(), "html.parser").select("details.code[open]")
+    assert len(failed) == 1 and "assert experts" in failed[0].text
+
+
+def test_a_report_opens_with_its_abstract(site, run_folder, tmp_path):
+    """Made from the record, or the runner's own cell where there is one; below the title, before the rest."""
+    def opening(page):
+        return [cell.text for cell in BeautifulSoup(page, "html.parser").select(".jp-MarkdownCell")][:3]
+    record = Record.read(run_folder / "07_good")
+    title, abstract, rest = opening((site / "tests.07_good.html").read_text())
+    assert "Measured" in title and "So is the rest." in abstract and "SUCCESS" in abstract and "With" in rest
+    assert record.setup()["Run"][:30] in abstract
+    folder = shutil.copytree(run_folder / "07_good", tmp_path / "tests" / "07_good")
+    nb = nbformat.read(folder / "report.ipynb", as_version=4)
+    own = nbformat.v4.new_markdown_cell("**Written by the runner.**", metadata={"tags": ["itera-lite-abstract"]})
+    nb.cells.insert(1, own)
+    nbformat.write(nb, folder / "report.ipynb")
+    title, abstract, rest = opening((build_report(tmp_path / "tests").parent / "tests.07_good.html").read_text())
+    assert "Measured" in title and abstract.strip() == "Written by the runner." and "With" in rest
+
+
+def test_long_tables_show_twelve_rows(site, tmp_path):
+    script = """[[...document.querySelectorAll("main tbody tr")].filter(row => row.getClientRects().length).length,
+        document.querySelector("button.more").textContent]"""
+    assert measured(site / "tests.07_good.html", tmp_path, script, 1300) == [12, "8 more rows"]
+
+
+def test_the_overview_has_contents_headlines_and_findings(site):
+    page = BeautifulSoup((site / "index.html").read_text(), "html.parser")
+    targets = {a["href"].lstrip("#") for a in page.select("nav.contents a")}
+    assert {"run-tests", "tests-07-good"} <= targets and all(page.find(id=target) for target in targets)
+    assert page.select_one(".verdict p").text == "int8 <b> is made up for a test."
+    assert [item.text for item in page.select(".verdict li")] == ["So is the rest."]
+    assert "target_ratio" in page.text and "max_ppl_change_percent" in page.text, "who asked for it"
+
+
+def test_seeds_are_one_line_and_name_all_their_sources(site, run_folder):
+    page = BeautifulSoup((site / "index.html").read_text(), "html.parser")
+    line = next(row for row in page.select("tr") if row.b and row.b.text == "nf4")
+    assert "3 seeds" in line.text and not line.find_parent("details")
+    mean = line.select_one('data[data-how="mean"][data-source*="perplexity_change_percent"]')
+    assert mean.text == "+3.00" and [s.partition("#")[2] for s in sources(mean)] == [
+        f"/results/{i}/perplexity_change_percent" for i in (3, 4, 5)
+    ]
+    assert {d["data-how"]: d.text for d in line.select('data[data-source*="_change_percent"]')} == {
+        "mean": "+3.00", "least": "+2.00", "most": "+4.00",
+    }
+    single = [row.b.text for row in page.select("details tr") if row.b]
+    assert single == ["nf4, seed 0", "nf4, seed 1", "nf4, seed 2"]
+    entries = find_entries(run_folder)
+    for wrong in (mean.text.replace("+3.00", "+2.00"), "+3.01"):
+        assert disagreements(str(mean).replace(">+3.00<", f">{wrong}<"), entries)
+
+
+def test_a_run_that_missed_its_limit_says_so(run_folder, tmp_path):
+    """The uncompressed model keeps every limit; it is no answer."""
+    for name, change in (("a", 0.0), ("b", 9.0)):
+        record = Record.read(run_folder / "07_good")
+        record.results = [record.results[0], record.results[0].model_copy(update=dict(
+            name="trained on", perplexity_change_percent=0.0, perplexity_change_ci95=[0.0, 0.0])),
+            record.results[1].model_copy(update=dict(
+                perplexity_change_percent=change, perplexity_change_ci95=[change, change]))]
+        (tmp_path / "runs" / name / "07_good").mkdir(parents=True)
+        record.write(tmp_path / "runs" / name / "07_good")
+    page = BeautifulSoup(build_report(tmp_path / "runs").read_text(), "html.parser")
+    lines = {row.th.text: row.text for row in page.select('[aria-label="All runs"] tbody tr')}
+    assert "int8 <b>" in lines["a"] and "none reached the limit" in lines["b"] and "trained on" not in lines["b"]
 
 
 def test_a_page_without_plotly_beside_it_says_so(site, tmp_path):
@@ -170,8 +297,10 @@ def test_every_number_stands_in_the_record_it_names(site, run_folder):
     numbers = BeautifulSoup((site / "index.html").read_text(), "html.parser").find_all("data")
     assert len(numbers) > 25
     for tag in numbers:
-        key, _, pointer = tag["data-source"].partition("#")
-        value = resolve(records[key], pointer)
+        named = [source.partition("#") for source in sources(tag)]
+        values = [resolve(records[key], pointer) for key, _, pointer in named]
+        value = HOW[tag["data-how"]](values) if "data-how" in tag.attrs else values[0]
+        assert len(values) == 1 or "data-how" in tag.attrs
         assert float(tag["value"]) == value and tag.text == SHOW[tag["data-show"]](value)
 
 
@@ -197,7 +326,8 @@ def test_a_changed_record_changes_the_page(site, run_folder, tmp_path):
     new = build_report(copy).read_text()
     assert "+0.77" in new and "+0.77" not in old and "2.2500" in new
     assert "+0.77" in readme_table([record])
-    assert "No row keeps that limit" in new and "No row keeps that limit" not in old, "the sentence follows the value"
+    missed = "No smaller row keeps that limit"
+    assert missed in new and missed not in old, "the sentence follows the value"
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path):

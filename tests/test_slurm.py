@@ -74,10 +74,14 @@ def log(project, job):
     return (project / f"papermill_runs/slurm-{job}.log").read_text()
 
 
-def wait_for_log(project, job, text, seconds):
-    end = time.monotonic() + seconds * BUSY
-    while not ((path := project / f"papermill_runs/slurm-{job}.log").exists() and text in path.read_text()):
-        assert time.monotonic() < end, f"the log of job {job} has no {text!r} after {seconds} s"
+def wait_until_it_waits(project, job, run, seconds):
+    """Until the executed notebook states that its waiting cell runs."""
+    end, path = time.monotonic() + seconds * BUSY, project / f"papermill_runs/{run}/03_training/report.ipynb"
+    while not (path.exists() and any(
+        "time.sleep" in "".join(cell["source"]) and cell["metadata"]["papermill"]["status"] == "running"
+        for cell in executed(project, run)["cells"]
+    )):
+        assert time.monotonic() < end, f"job {job} does not wait after {seconds} s: {log(project, job)}"
         time.sleep(0.1)
 
 
@@ -111,8 +115,7 @@ def test_job_fails_with_one_line_and_the_runners_status(project, arguments):
 def test_stopped_job_leaves_a_notebook_that_says_so(project, options):
     """Slurm signals the batch step, which exec has made the runner; a plain scancel reaches every process of it."""
     job = submit(project, "03_training", "laptop", "named")
-    wait_for_log(project, job, "cell 1/", seconds=60)
-    time.sleep(1)  # into the waiting cell
+    wait_until_it_waits(project, job, "named", seconds=60)
     subprocess.run(["scancel", *options, job], check=True)
     assert wait_for(job, *ENDED, seconds=10) == ("FAILED" if options else "CANCELLED")
     deadline = time.monotonic() + 5 * BUSY
@@ -125,7 +128,7 @@ def test_stopped_job_leaves_a_notebook_that_says_so(project, options):
 def test_requeued_job_goes_on_in_the_same_run(project):
     """What Slurm does when a node fails: the same job id, hence the same run."""
     job = submit(project, "03_training", "laptop")
-    wait_for_log(project, job, "cell 1/", seconds=60)
+    wait_until_it_waits(project, job, f"job-{job}", seconds=60)
     (project / "slurm/params/03_training/laptop.yaml").write_text("wait: 0\n")
     subprocess.run(["scontrol", "requeue", job], check=True)
     assert wait_for(job, "COMPLETED", "FAILED", "CANCELLED", seconds=300) == "COMPLETED", log(project, job)

@@ -1,0 +1,1 @@
+"""Errors, records, figures, the machine, text, tokenizers and batches: what every other room stands on."""

@@ -17,10 +17,11 @@ from fastcore.basics import patch
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from itera_lite.base.core import (
-    PRESETS, RunError, Strict, first_problem, portable_path, portable_value, project_path, runs_dir, seed_everything,
-    to_json, unknown, write_json,
+    PRESETS, RunError, Strict, find_project, first_problem, portable_path, portable_value, project_path, runs_dir,
+    seed_everything, to_json, unknown, writable_folder, write_json,
 )
 from .machine import Environment, environment, git_facts
+from .parameters import check_injected
 
 # %% ../../nbs/base/03_record.ipynb #cf794e05
 SCHEMA_VERSION = 1
@@ -279,27 +280,41 @@ def _data_line(data:DataInfo|None)->str:
               (data.eval_tokens, "test tokens"), (data.eval_bytes, "test bytes"))
     return ", ".join([data.corpus, *(f"{n:,} {what}" for n, what in counts if n)])
 
+def _model_line(record:Record)->str:
+    "The model that figures are about, and how many others there are."
+    rows, config = record.results, record.run.parameters.get("model")
+    named = [r for r in rows if r.name == record.baseline] or rows[:1]
+    size = [f"{r.parameters:,} parameters" for r in named if r.parameters]
+    names = dict.fromkeys(str(name) for name in (config, *(r.name for r in named)) if name)
+    others = len(rows) - len(named)
+    return ", ".join([*names, *size, *([f"{others} more row{'s' * (others > 1)}"] if others else [])]) or "none"
+
+# %% ../../nbs/base/03_record.ipynb #934a15b6
 @patch
 def setup(self:Record)->dict[str, str]: # in four lines
     "What the figures are about: model, text, machine, run."
     run, at = self.run, self.environment
-    named = [r for r in self.results if r.name == self.baseline] or self.results[:1]
-    model = [f"{r.name}, {r.parameters:,} parameters" if r.parameters else r.name for r in named]
+    dirty, took = " with local changes" * bool(run.git_dirty), run.seconds
     return {
-        "Model": ", ".join([*([run.parameters["model"]] if run.parameters.get("model") else []), *model]) or "none",
+        "Model": _model_line(self),
         "Text": _data_line(self.data),
-        "Machine": f"{at.cpu}, {at.threads} threads, {at.gpu or 'no GPU'}",
-        "Run": f"preset {run.preset}, seed {run.seed}, commit {(run.git_sha or 'unknown')[:10]}"
-               f"{' with local changes' if run.git_dirty else ''}, {run.started:%Y-%m-%d %H:%M} UTC, {run.seconds:,.0f} s",
+        "Machine": f"{at.cpu}, {at.threads} thread{'s' * (at.threads != 1)}, {at.gpu or 'no GPU'}",
+        "Run": f"preset {run.preset}, seed {run.seed}, commit {(run.git_sha or 'unknown')[:10]}{dirty},"
+               f" {run.started:%Y-%m-%d %H:%M} UTC, {f'{took / 60:,.0f} min' if took >= 600 else f'{took:,.0f} s'}",
     }
 
 # %% ../../nbs/base/03_record.ipynb #25cd2569
+def _plain_markdown(text:str)->str:
+    "Text whose stars, tildes, dollars and angle brackets stand for themselves; what is in backticks is code anyway."
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(part if i % 2 else re.sub(r"([*~$<\\])", r"\\\1", part) for i, part in enumerate(parts))
+
 @patch
 def abstract(self:Record)->str: # Markdown
     "Outcome, headline, findings and setup: how an executed notebook opens."
-    findings = "".join(f"- {finding}\n" for finding in self.findings)
-    setup = "  \n".join(f"**{name}** {text}" for name, text in self.setup().items())
-    return "\n\n".join(filter(None, [f"**{self.opening()}**", findings.strip(), setup]))
+    findings = "\n".join(f"- {_plain_markdown(finding)}" for finding in self.findings)
+    setup = "  \n".join(f"**{name}:** {_plain_markdown(text)}" for name, text in self.setup().items())
+    return "\n\n".join(filter(None, [f"**{_plain_markdown(self.opening())}**", findings, setup]))
 
 # %% ../../nbs/base/03_record.ipynb #5d00a0b9
 def rebuild_command(
@@ -372,11 +387,14 @@ def start_run(
     out_dir:str="", # folder for the record; "" means papermill_runs/adhoc/<notebook>
     parameters:dict|None=None, # all of the notebook's parameters, as used
 )->NotebookRun:
-    "Open a notebook's run: check preset and seed, make its folder, seed everything, print the settings in effect."
+    """Open a notebook's run: check what was injected, try its folder, seed everything, print the settings in effect.
+
+    Raises `ConfigError` for a parameter or preset that cannot be, `RunError` for a folder that cannot be written."""
+    check_injected(notebook)
     if preset not in PRESETS: raise unknown("preset", preset, PRESETS)
+    find_project()
     seed_everything(seed)
-    folder = project_path(out_dir) if str(out_dir) else runs_dir()/"adhoc"/notebook
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(project_path(out_dir) if str(out_dir) else runs_dir()/"adhoc"/notebook)
     old = folder/"metrics.json"
     if old.exists(): os.replace(old, folder/"metrics.previous.json")
     run = NotebookRun(notebook, preset, seed, folder, {"preset": preset, "seed": seed, **(parameters or {})})

@@ -1,0 +1,1 @@
+"""Model folders, and weights from elsewhere: read without pickles, inspected, converted."""

@@ -22,6 +22,7 @@ from itera_lite.base.core import (
 )
 from ..base.record import Row
 from ..base.data import Corpus, load_corpus
+from ..base.progress import Progress, run_shown
 from ..base.tokenizers import unknown_share
 from ..base.system import peak_rss_bytes
 from ..checkpoints.folder import load_model, load_tokenizer, model_bytes
@@ -203,6 +204,7 @@ def answer_of(
 def ask(
     request:EvaluationRequest,
     timeout:float|None=None, # seconds after which the process is given up
+    progress:bool=True, # show how far it is
 )->dict:
     "Have a request answered by a new process. Raises `EvaluationError` where it does not."
     package = Path(importlib.util.find_spec("itera_lite").origin).parent.parent
@@ -211,8 +213,9 @@ def ask(
         question, reply = Path(folder)/"request.json", Path(folder)/"answer.json"
         write_json(question, request.model_dump())
         command = [sys.executable, "-m", "itera_lite.evaluation.evaluate", str(question), str(reply)]
-        try: process = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
-                                      env={**os.environ, "PYTHONPATH": paths})
+        try:
+            with Progress(f"evaluation of {Path(request.folder).name}", None, show=progress):
+                process = run_shown(command, timeout, {**os.environ, "PYTHONPATH": paths}, progress)
         except subprocess.TimeoutExpired: raise EvaluationError(
             f"{portable_path(request.folder)}: no answer within {timeout:g} s; measure less or raise timeout") from None
         return answer_of(process, json.loads(reply.read_text()) if reply.exists() else {}, request.folder)
@@ -225,6 +228,7 @@ def evaluate_folder(
     limit_documents:int|None=None, # first documents of the split; None: all
     baseline_folder=None, # model folder for KL and top-1 agreement
     timeout:float|None=None, # seconds after which the process is given up
+    progress:bool=True, # show how far it is
     **settings, # further fields of `EvaluationRequest`
 )->dict: # JSON: file_bytes, parameters, scores, flops, speed, peak_rss_bytes, compare, … as measured
     "Measure a model folder in a fresh process."
@@ -237,7 +241,7 @@ def evaluate_folder(
     settings = {"threads": torch.get_num_threads()} | settings
     return ask(make_request(
         **{k: str(v) for k, v in paths.items() if v}, corpus=corpus, data_dir=str(data_dir),
-        limit_documents=limit_documents, **settings), timeout)
+        limit_documents=limit_documents, **settings), timeout, progress)
 
 # %% ../../nbs/evaluation/04_evaluate.ipynb #b8f17e64
 def quality_fields(

@@ -9,6 +9,7 @@ __all__ = ['EvaluationError', 'DocScores', 'bits_per_byte', 'perplexity', 'windo
 
 # %% ../../nbs/evaluation/01_scores.ipynb #f94c9ce9
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..base.core import ConfigError, DataError, IteraLiteError
 from ..base.data import EOS
 from ..base.batches import encode_documents
+from ..base.progress import Progress
 
 # %% ../../nbs/evaluation/01_scores.ipynb #a7d58655
 class EvaluationError(IteraLiteError):
@@ -98,16 +100,22 @@ def batches(
     pieces:list[Piece],
     batch_size:int, # pieces at once
     device, # of the tensors
+    what:str="", # is done with them, to show how many documents are through; "": nothing is shown
 )->Iterator[tuple[list[Piece], Tensor, Tensor, Tensor]]: # pieces, inputs (B,L), targets (B,L), scored (B,L) bool
     "Pieces in order, padded on the right."
-    for i in range(0, len(pieces), batch_size):
-        batch = pieces[i:i + batch_size]
-        ids = torch.zeros(len(batch), max(len(p.ids) for p in batch), dtype=torch.long)
-        scored = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
-        for row, p in enumerate(batch):
-            ids[row, :len(p.ids)] = torch.tensor(p.ids)
-            scored[row, p.skip:len(p.ids) - 1] = True
-        yield batch, ids[:, :-1].to(device), ids[:, 1:].to(device), scored.to(device)
+    left, sizes = Counter(p.document for p in pieces), np.cumsum([len(p.ids) for p in pieces])
+    with Progress(what, len(left), "document", show=bool(what)) as work:
+        for i in range(0, len(pieces), batch_size):
+            batch = pieces[i:i + batch_size]
+            ids = torch.zeros(len(batch), max(len(p.ids) for p in batch), dtype=torch.long)
+            scored = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
+            for row, p in enumerate(batch):
+                ids[row, :len(p.ids)] = torch.tensor(p.ids)
+                scored[row, p.skip:len(p.ids) - 1] = True
+            yield batch, ids[:, :-1].to(device), ids[:, 1:].to(device), scored.to(device)
+            left.subtract(p.document for p in batch)
+            through = work.total - sum(n > 0 for n in left.values())
+            work.to(through, share=sizes[i + len(batch) - 1]/sizes[-1])
 
 # %% ../../nbs/evaluation/01_scores.ipynb #1d02fca5
 @contextmanager
@@ -155,7 +163,7 @@ def score_documents(
     pieces = cut_documents(tokenizer, docs, window or default_window(model))
     nll, tokens = np.zeros(len(docs)), np.zeros(len(docs), np.int64)
     with evaluating(model):
-        for batch, inputs, targets, scored in batches(pieces, batch_size, device_of(model)):
+        for batch, inputs, targets, scored in batches(pieces, batch_size, device_of(model), "scoring"):
             values = model.token_nll(inputs, targets).double()
             refuse_nonfinite(values, scored, batch)
             rows = [p.document for p in batch]
@@ -243,7 +251,8 @@ def compare_models(
     window = window or min(default_window(model), default_window(baseline))
     pieces, kl, same, count = cut_documents(tokenizer, docs, window), 0.0, 0, 0
     with evaluating(model), evaluating(baseline):
-        for batch, inputs, _, scored in batches(pieces, batch_for(sizes[0], window, max_logits), device_of(model)):
+        size = batch_for(sizes[0], window, max_logits)
+        for batch, inputs, _, scored in batches(pieces, size, device_of(model), "comparison with the baseline"):
             each, agree = kl_and_agreement(baseline(inputs.to(device_of(baseline))).to(inputs.device), model(inputs))
             refuse_nonfinite(each, scored, batch, "divergence from the baseline")
             kl += (each.double()*scored).sum().item()

@@ -1,0 +1,1 @@
+"""Notebooks run one after another, each with its record."""

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BANNER', 'ANCHOR', 'GRACE_SECONDS', 'quiet', 'Failure', 'NotebookFailed', 'first_line', 'TruthfulManager',
-           'oom_kills', 'cause_of_death', 'shown', 'TruthfulClient', 'run_cells', 'TruthfulEngine']
+           'oom_kills', 'cause_of_death', 'shown', 'without_progress', 'TruthfulClient', 'run_cells', 'TruthfulEngine']
 
 # %% ../../nbs/jobs/01_engine.ipynb #75632e04
-import logging, os, signal, sys, threading
+import logging, os, signal, tempfile, threading
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from papermill.execute import ERROR_MARKER_TAG
 
 from ..base.core import RunError, error_line, portable_path, write_atomic
 from ..base.system import on_stop
+from .line import Line, counted, heading, is_progress, reported
 
 # %% ../../nbs/jobs/01_engine.ipynb #863d32f2
 @dataclass
@@ -52,10 +53,10 @@ def first_line(
 # %% ../../nbs/jobs/01_engine.ipynb #e0406f5c
 class TruthfulManager(NotebookExecutionManager):
     "Papermill's bookkeeping of cells, written atomically, with nothing called completed that was not."
-    def __init__(self, nb, output_path=None, log_output=False, progress_bar=True, autosave_cell_every=10, title=""):
+    def __init__(self, nb, output_path=None, log_output=False, autosave_cell_every=10, title="", line=None):
         super().__init__(nb, output_path=output_path, log_output=log_output, progress_bar=False,
                          autosave_cell_every=autosave_cell_every)
-        self.title, self.progress, self.failure = title, bool(progress_bar), None
+        self.title, self.line, self.failure = title, line or Line(title, show=False), None
         injected = (i for i, cell in enumerate(nb.cells) if "injected-parameters" in cell.metadata.get("tags", []))
         self.injected = next(injected, len(nb.cells))
         self.total = self.number(len(nb.cells) - 1)
@@ -72,11 +73,6 @@ def save(self:TruthfulManager, **kwargs):
     self.last_save_time = self.now()
 
 @patch
-def _say(self:TruthfulManager, text:str):
-    "Progress, on stderr."
-    if self.progress: print(text, end="", file=sys.stderr, flush=True)
-
-@patch
 def _end(self:TruthfulManager, cell, status:str)->float:
     "Close a cell's times; give its duration in seconds."
     start, end = datetime.fromisoformat(cell.metadata.papermill.start_time), self.now()
@@ -87,18 +83,18 @@ def _end(self:TruthfulManager, cell, status:str)->float:
 # %% ../../nbs/jobs/01_engine.ipynb #3aa54b87
 @patch
 def cell_start(self:TruthfulManager, cell, cell_index=None, **kwargs):
-    "Mark a cell as running; write the file and a line of progress if it holds code."
+    "Mark a cell as running; write the file and say where the notebook is if it holds code."
     cell.metadata.papermill.update(start_time=self.now().isoformat(), status=self.RUNNING, exception=False)
     if cell.cell_type != "code": return
     self.save()
-    if cell_index != self.injected:
-        self._say(f"{self.title} cell {self.number(cell_index)}/{self.total} {first_line(cell.source)[:60]} ")
+    if cell_index == self.injected: return
+    place = f"cell {self.number(cell_index)} of {self.total}"
+    self.line.say(" · ".join(filter(None, [heading(self.nb.cells, cell_index), place])))
 
 @patch
 def cell_complete(self:TruthfulManager, cell, cell_index=None, **kwargs):
     "Mark a cell that came to its end."
-    seconds = self._end(cell, self.COMPLETED)
-    if cell.cell_type == "code" and cell_index != self.injected: self._say(f" {seconds:.1f} s\n")
+    self._end(cell, self.COMPLETED)
 
 # %% ../../nbs/jobs/01_engine.ipynb #5b1fc6b5
 BANNER = '<span style="color:red; font-size:1.5em;">This notebook failed {where}: {cause}</span>'
@@ -127,6 +123,7 @@ def fail(self:TruthfulManager,
     else: self._fail_cell(cause, cell_index, signal)
     where = f'<a href="#papermill-error-cell">in cell {self.failure.cell}</a>' if self.failure.cell else "between cells"
     self.nb.cells.insert(0, _marker(BANNER.format(where=where, cause=_html(cause))))
+    self.line.tell(f"failed in cell {self.failure.cell}" if self.failure.cell else "failed")
     return self.failure
 
 @patch
@@ -139,7 +136,6 @@ def _fail_cell(self:TruthfulManager, cause:str, cell_index:int, signal:int|None)
         error = dict(ename="NotebookFailed", evalue=cause, traceback=[f"NotebookFailed: {cause}"])
         cell.outputs.append(nbformat.v4.new_output("error", **error))
     self.nb.cells.insert(cell_index, _marker(ANCHOR))
-    self._say(" failed\n")
 
 # %% ../../nbs/jobs/01_engine.ipynb #8abb5be3
 @patch
@@ -177,6 +173,16 @@ def shown(
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return "\n".join(lines) + ("\r" if text.endswith("\r") else "")
 
+# %% ../../nbs/jobs/01_engine.ipynb #107714e8
+def without_progress(
+    outputs:list, # of a cell
+    keep_last:bool=False, # the last report of progress stays
+)->list[int]: # positions of what stays
+    "Which outputs of a cell belong in a report."
+    progress = [i for i, output in enumerate(outputs) if is_progress(output)]
+    gone = set(progress[:-1] if keep_last else progress)
+    return [i for i in range(len(outputs)) if i not in gone]
+
 # %% ../../nbs/jobs/01_engine.ipynb #c13fcba2
 class TruthfulClient(PapermillNotebookClient):
     "Runs the cells one by one, and reports each end for what it was."
@@ -184,6 +190,7 @@ class TruthfulClient(PapermillNotebookClient):
     process = None # the kernel's
     timer = None # until the kernel is killed
     done = False # every cell came to its end
+    words = None # file of what the kernel's process prints beside the notebook
 
     def output(self, outs, msg, display_id, cell_index):
         "Take an output in; printed text goes on where the last piece of it ended."
@@ -196,6 +203,25 @@ class TruthfulClient(PapermillNotebookClient):
             last.text = above + newline + shown(line + out.text)
             outs.pop()
         return out
+
+# %% ../../nbs/jobs/01_engine.ipynb #07b475e5
+@patch
+def process_message(self:TruthfulClient, msg, cell, cell_index):
+    "Take a message of the kernel; what reports progress is shown on the notebook's line."
+    kind, content = msg["msg_type"], msg["content"]
+    if kind in ("display_data", "update_display_data"): text = reported(content) if is_progress(content) else ""
+    else: text = counted(content["text"]) if kind == "stream" and content["name"] == "stderr" else ""
+    if text: self.nb_man.line.say(text)
+    return PapermillNotebookClient.process_message(self, msg, cell, cell_index)
+
+@patch
+def tidy(self:TruthfulClient, cell, cell_index:int, failed:bool):
+    "Drop a cell's reports of progress when it ends."
+    stay = without_progress(cell.outputs, failed)
+    if len(stay) == len(cell.outputs): return
+    cell.outputs[:] = [cell.outputs[i] for i in stay]
+    for places in self._display_id_map.values():
+        if cell_index in places: places[cell_index] = [stay.index(i) for i in places[cell_index] if i in stay]
 
 # %% ../../nbs/jobs/01_engine.ipynb #716e4795
 @patch
@@ -210,7 +236,9 @@ def papermill_execute_cells(self:TruthfulClient):
         except Exception as e:
             # before jupyter_client's shutdown interrupts the kernel's children, too
             if self.stopped: self.signal_kernel(signal.SIGKILL)
+            self.tidy(cell, index, True)
             raise NotebookFailed(self.nb_man.fail(self.cause_of(e), index, self.stopped)) from None
+        if cell.cell_type == "code": self.tidy(cell, index, False)
         self.nb_man.cell_complete(cell, index)
     self.done = True
 
@@ -222,7 +250,15 @@ def cause_of(self:TruthfulClient, error:Exception|None)->str:
         return f"{error.ename}: {next(iter(error.evalue.strip().splitlines()), '')}"
     if isinstance(error, DeadKernelError) and self.process:
         return cause_of_death(self.process.poll(), oom_kills() != self.oom_kills)
-    return error_line(error)
+    return error_line(error) + self.last_words()
+
+@patch
+def last_words(self:TruthfulClient)->str:
+    "The last line that a kernel printed which never started."
+    if self.process or not self.words: return ""
+    self.words.seek(0)
+    lines = self.words.read().decode(errors="replace").strip().splitlines()
+    return f" ({lines[-1]})" if lines else ""
 
 # %% ../../nbs/jobs/01_engine.ipynb #18ba3631
 GRACE_SECONDS = 2.0 # from a stop signal to the kernel's end by force; the whole must take less than 5 s
@@ -285,17 +321,21 @@ class TruthfulEngine(NBClientEngine):
     def execute_notebook(
         cls, nb, kernel_name, output_path=None, progress_bar=True, log_output=False, autosave_cell_every=10,
         input_path=None, start_timeout=60, execution_timeout=None, stdout_file=None, stderr_file=None, title="",
-        **start
+        line=None, **start
     ):
         "Run a notebook that papermill has prepared; `start` (env, cwd) goes to the kernel's start."
         title = title or Path(str(input_path or output_path or "notebook")).stem
-        manager = TruthfulManager(nb, output_path, log_output, progress_bar, autosave_cell_every, title)
+        own = line is None
+        if own: line = Line(title, show=bool(progress_bar), rewrite=not log_output)
+        manager = TruthfulManager(nb, output_path, log_output, autosave_cell_every, title, line)
         client = TruthfulClient(
             manager, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout, log=quiet,
             log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
             extra_arguments=["--log-level=ERROR"],
         )
-        with on_stop(client.stop): run_cells(client, manager, start)
+        with tempfile.TemporaryFile() as client.words, on_stop(client.stop):
+            run_cells(client, manager, {**start, "stdout": client.words, "stderr": client.words})
+        if own: line.close()
         if client.stopped and not manager.failure:
             manager.failure = Failure(f"{client.cause_of(None)} after its last cell", signal=client.stopped)
         if manager.failure: raise NotebookFailed(manager.failure, title)

@@ -6,12 +6,13 @@
 __all__ = ['largest_and_rms', 'site_kind', 'outliers_by_kind', 'rotate_model', 'quantize_both']
 
 # %% ../../nbs/methods/03_activations.ipynb #7f0c3302
-import copy, re
+import copy, math, re
 
 import torch
 from torch import Tensor
 
 from ..base.core import ConfigError
+from ..base.progress import Progress, shown
 from ..kernels.mixer import hadamard
 from .quantize import quantize
 from ..models.model import CausalLM
@@ -82,7 +83,14 @@ def quantize_both(
     bits:int=8, # of activations and state
     state:bool=True, # the recurrent state too
     compensate:bool=True, # weights by GPTQ instead of the nearest code
+    progress:bool=True, # show how far it is
 )->CausalLM: # packed, rounding its activations
     "Weights and activations in few bits: `quantize`, then steps for what the packed model computes."
-    packed = quantize(model, precision_map, windows if compensate else None)
-    return round_activations(packed, calibrate_activations(packed, windows, percentile, bits, state))
+    batch = 8 # windows
+    with shown(progress):
+        packed = quantize(model, precision_map, windows if compensate else None)
+        with Progress("ranges of activations", math.ceil(len(windows)/batch), "batch") as work:
+            counter = packed.norm_f.register_forward_hook(lambda *_: work.to(work.done + 1))
+            try: found = calibrate_activations(packed, windows, percentile, bits, state, batch)
+            finally: counter.remove()
+    return round_activations(packed, found)

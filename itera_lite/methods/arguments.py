@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['unique_keys', 'read_rules', 'check_rules', 'rules_for', 'integer_format', 'rounding_rules', 'read_recipe',
-           'read_text', 'check_tokenizer', 'encoded', 'window_length', 'text_head', 'calibration_stream',
-           'calibration_windows', 'spread_batches']
+           'read_text', 'check_tokenizer', 'encoded', 'window_length', 'text_head', 'some_documents',
+           'calibration_stream', 'calibration_windows', 'spread_batches']
 
 # %% ../../nbs/methods/07d_arguments.ipynb #fc5b8c7b
 import difflib, json
@@ -15,13 +15,15 @@ import yaml
 from torch import Tensor, nn
 
 from ..base.core import ConfigError, DataError, unknown
-from ..base.data import Corpus, load_corpus
+from ..base.data import Corpus
 from ..base.batches import encode_documents
+from ..evaluation.compare import read_corpus
 from ..evaluation.scores import default_window
 from .importance import calibration_batches
 from .mixed_precision import MAPS
 from .quantize import draw_windows, uniform
 from ..storage.precision import PrecisionMap, read_map, stem, tensor_group, tied_names
+from ..storage.formats import BASES, PLAIN
 from ..storage.packed import tensor_shapes
 
 # %% ../../nbs/methods/07d_arguments.ipynb #bbd20441
@@ -43,6 +45,8 @@ def read_rules(
         raise ConfigError(f"precision map {source!r}: allowed are {allowed}")
     source = str(source)
     if source in MAPS: return MAPS[source]
+    if source.partition("-")[0] in {*BASES, *PLAIN}:
+        raise ConfigError(f"map {source} is a precision: use precision={source} (--precision {source})")
     if source.lstrip().startswith("{"):
         try: return PrecisionMap(json.loads(source, object_pairs_hook=unique_keys))
         except json.JSONDecodeError as e: raise ConfigError(f"precision map {source!r} is not JSON: {e}") from None
@@ -124,13 +128,13 @@ def read_text(
     text, # name of a corpus, path of a text file or of a folder of .txt files, or a `Corpus`
     data_dir:str="", # folder that holds corpora by name; "": the environment variable ITERA_LITE_DATA
 )->Corpus:
-    "The text of a method that reads some. Raises `ConfigError` where none was named, `DataError` as `load_corpus`."
+    "The text of a method that reads some. Raises `ConfigError` where none was named, `DataError` as `read_corpus`."
     if text is None:
         raise ConfigError(
             "this method reads text and none is named: give text (--text), a corpus such as stories or tinystories, a"
             " text file, or a folder of .txt files"
         )
-    return text if isinstance(text, Corpus) else load_corpus(text, data_dir)
+    return read_corpus(text, data_dir)
 
 # %% ../../nbs/methods/07d_arguments.ipynb #da681d7c
 def check_tokenizer(
@@ -170,6 +174,14 @@ def text_head(
         total += len(document.encode())
         if total > size: break
     return documents
+
+def some_documents(
+    documents:list[str],
+    size:int, # bytes to be had, about, where there are so many
+)->list[str]:
+    "Every n-th document of a text that is longer than need be."
+    every = max(1, sum(len(d.encode()) for d in documents)//max(1, size))
+    return documents[::every]
 
 # %% ../../nbs/methods/07d_arguments.ipynb #4ad5630e
 def calibration_stream(

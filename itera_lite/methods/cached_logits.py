@@ -4,31 +4,34 @@
 
 # %% auto #0
 __all__ = ['most_likely', 'by_class', 'fingerprint', 'spelled', 'first_piece', 'common_classes', 'respelled', 'meetings', 'Notes',
-           'noted_losses', 'teach_by_notes']
+           'windows_read', 'noted_losses', 'teach_by_notes']
 
 # %% ../../nbs/methods/06_cached_logits.ipynb #79f25e47
 import types
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..base.core import ConfigError, DataError, sha256_text
 from ..base.data import EOS
-from ..base.batches import TokenStream, encode_documents
+from ..base.batches import Batches, TokenStream, encode_documents
+from ..base.progress import Progress
 from ..evaluation.scores import batch_for, default_window, device_of, windows
 from ..evaluation.cost import flops_per_token
 from ..kernels.mixer import at_least_float32
 from .vocabulary import byte_alphabet, token_bytes
 from ..models.model import CausalLM, Loss, linear_cross_entropy
+from ..training.config import TrainConfig
 from ..training.teacher import weights_fingerprint
 
 # %% ../../nbs/methods/06_cached_logits.ipynb #8e1b0b55
-def _pieces(stream:TokenStream, window:int)->list: # (start, first place to note, end), longest first
+def _pieces(stream:TokenStream, window:int, places=None)->list: # (start, first place to note, end), longest first
     "Documents to be read; what is longer than the window in windows that overlap by a quarter."
     ends = [*stream.starts[1:].tolist(), len(stream)]
-    return sorted(
+    pieces = sorted(
         (
             (start + a, start + s, start + b)
             for start, end in zip(stream.starts.tolist(), ends)
@@ -36,6 +39,9 @@ def _pieces(stream:TokenStream, window:int)->list: # (start, first place to note
         ),
         key=lambda p: p[0] - p[2],
     )
+    if places is None: return pieces
+    before = np.searchsorted(np.sort(places), np.array(pieces)[:, 1:]) # wanted places before each piece, and its end
+    return [piece for piece, (a, b) in zip(pieces, before) if a < b]
 
 # %% ../../nbs/methods/06_cached_logits.ipynb #cb041765
 @torch.no_grad()
@@ -45,19 +51,22 @@ def most_likely(
     k:int, # tokens to note at each place
     temperature:float=1.0,
     classes:tuple|None=None, # class of each token, number of classes; None: each token is one
-)->tuple[Tensor, Tensor, int]: # (T,k) classes, (T,k) probabilities, and how many tokens were read for it
-    "The most likely successors of every position, each document read from its beginning."
+    places:Tensor|None=None, # positions to be noted at least; None: all
+)->tuple[Tensor, Tensor, int]: # (T,k) classes, (T,k) probabilities (0: not noted), how many tokens were read for it
+    "The most likely successors of positions, each document read from its beginning."
     teacher, window = teacher.eval(), default_window(teacher)
-    pieces = _pieces(stream, window)
+    pieces = _pieces(stream, window, None if places is None else places.numpy())
     kept, shares = torch.zeros(len(stream), k, dtype=torch.int32), torch.zeros(len(stream), k, dtype=torch.float16)
     step, read, device = batch_for(teacher.config.vocab_size, window), 0, device_of(teacher)
-    for batch in (pieces[i:i + step] for i in range(0, len(pieces), step)):
-        ids = nn.utils.rnn.pad_sequence([stream.ids[a:b] for a, _, b in batch], batch_first=True)
-        hidden, read = teacher.hidden(ids.to(device))[0], read + ids.numel()
-        places = torch.cat([torch.arange(s, b) for _, s, b in batch])
-        rows = torch.cat([hidden[i, s - a:b - a] for i, (a, s, b) in enumerate(batch)])
-        p = by_class((at_least_float32(rows @ teacher.head.T)/temperature).softmax(-1), classes)
-        shares[places], kept[places] = (t.cpu().to(d) for t, d in zip(p.topk(k), (torch.float16, torch.int32)))
+    with Progress("teacher's reading", sum(b - a for a, _, b in pieces), "token") as progress:
+        for batch in (pieces[i:i + step] for i in range(0, len(pieces), step)):
+            ids = nn.utils.rnn.pad_sequence([stream.ids[a:b] for a, _, b in batch], batch_first=True)
+            hidden, read = teacher.hidden(ids.to(device))[0], read + ids.numel()
+            at = torch.cat([torch.arange(s, b) for _, s, b in batch])
+            rows = torch.cat([hidden[i, s - a:b - a] for i, (a, s, b) in enumerate(batch)])
+            p = by_class((at_least_float32(rows @ teacher.head.T)/temperature).softmax(-1), classes)
+            shares[at], kept[at] = (t.cpu().to(d) for t, d in zip(p.topk(k), (torch.float16, torch.int32)))
+            progress.to(progress.done + sum(b - a for a, _, b in batch))
     return kept, shares, read
 
 # %% ../../nbs/methods/06_cached_logits.ipynb #fc755b5a
@@ -143,6 +152,7 @@ class Notes:
         k:int=16, # tokens noted at each place
         temperature:float=1.0,
         tokenizers:tuple|None=None, # the student's, the teacher's, where they differ
+        asked:Tensor|None=None, # (N,L) windows that will be asked for, from `windows_read`; None: any
     ):
         self.stream, self.temperature, self.mine, theirs, read = stream, temperature, None, None, stream
         self.where, self._index = torch.arange(len(stream)), {} # place → place in what the teacher read, or -1
@@ -152,27 +162,43 @@ class Notes:
             self.where = meetings(stream, read, *tokenizers)
         limit = theirs[1] if theirs else teacher.config.vocab_size
         if not 1 <= k <= limit: raise ConfigError(f"notes of {k} tokens at each place: allowed are 1 to {limit}")
-        self.kept, self.shares, self.tokens_read = most_likely(teacher, read, k, temperature, theirs)
+        places = None
+        if asked is not None: places = self.where[self.find(asked)[:, None] + torch.arange(asked.shape[1])].unique()
+        self.kept, self.shares, self.tokens_read = most_likely(teacher, read, k, temperature, theirs, places)
         self.flops = self.tokens_read*flops_per_token(teacher, default_window(teacher))
         self.facts = dict(
             teacher=weights_fingerprint(teacher), notes=k, temperature=temperature,
             tokenizers=sha256_text("".join(t.to_str() for t in tokenizers or ())),
         )
 
-    def find(self,
-        windows:Tensor, # (B,L) of the text
-    )->Tensor: # (B,)
-        "Where windows begin. Raises `DataError` for one that is not in the text."
-        ids, length = self.stream.ids, windows.shape[1]
-        if length not in self._index: self._index[length] = torch.sort(fingerprint(ids.unfold(0, length, 1)))
-        known, order = self._index[length]
-        places = order[torch.searchsorted(known, fingerprint(windows)).clamp(max=len(known) - 1)]
-        if (ids[places[:, None] + torch.arange(length)] != windows).any():
-            raise DataError(
-                "a window of the training text is not in the text that the teacher read: make notes of the text that is"
-                " trained on"
-            )
-        return places
+# %% ../../nbs/methods/06_cached_logits.ipynb #efd3755e
+@patch
+def find(self:Notes,
+    windows:Tensor, # (B,L) of the text
+)->Tensor: # (B,)
+    "Where windows begin. Raises `DataError` for one that is not in the text."
+    ids, length = self.stream.ids, windows.shape[1]
+    if length not in self._index: self._index[length] = torch.sort(fingerprint(ids.unfold(0, length, 1)))
+    known, order = self._index[length]
+    places = order[torch.searchsorted(known, fingerprint(windows)).clamp(max=len(known) - 1)]
+    if (ids[places[:, None] + torch.arange(length)] != windows).any():
+        raise DataError(
+            "a window of the training text is not in the text that the teacher read: make notes of the text that is"
+            " trained on"
+        )
+    return places
+
+# %% ../../nbs/methods/06_cached_logits.ipynb #1af464df
+def windows_read(
+    stream:TokenStream,
+    config:TrainConfig,
+    seed:int=0, # of the order of the data
+)->Tensor|None: # (N,L) token ids; None: as many as the text has, or other processes read too
+    "The windows that a training will read, in its order."
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if together or config.max_tokens >= len(stream): return None
+    batches = Batches(stream, config.batch_size, config.seq_length, seed)
+    return torch.cat([next(batches)[0] for _ in range(config.steps(config.max_tokens)*config.grad_accumulation)])
 
 # %% ../../nbs/methods/06_cached_logits.ipynb #99db3199
 def _groups(
@@ -217,6 +243,8 @@ def teach_by_notes(
         where = notes.where[notes.find(inputs.cpu())[:, None] + torch.arange(length)].to(device)
         met, some = where >= 0, where[where >= 0].cpu()
         if not len(some): return type(self).loss(self, inputs, targets)
+        if not notes.shares[some, 0].all():
+            raise DataError("the teacher has not read a window that is trained on: make notes of all that is asked for")
         hidden, balance, _ = self.hidden(inputs)
         share, rest = len(some)/targets.numel(), hidden.sum()*0
         if share < 1: rest = linear_cross_entropy(hidden[~met], self.head, targets[~met])

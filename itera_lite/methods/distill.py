@@ -19,13 +19,14 @@ from itera_lite.base.core import (
     ConfigError, TrainingError, portable_path, seed_everything, sha256_text, write_json,
 )
 from ..base.batches import TokenStream
+from ..base.progress import shown
 from ..base.system import locked, peak_rss_bytes
 from ..checkpoints.folder import save_model
 from ..evaluation.cost import AllFlops
 from ..evaluation.scores import DocScores, bits_per_byte, bootstrap_ci
 from ..evaluation.evaluate import parameter_count
 from ..kernels.mixer import at_least_float32
-from .cached_logits import Notes, teach_by_notes
+from .cached_logits import Notes, teach_by_notes, windows_read
 from ..models.model import CausalLM, Loss, build_model
 from ..training.teacher import teach, untaught, weights_fingerprint
 from ..training.config import TrainConfig, validation_windows
@@ -137,9 +138,10 @@ def take_notes(
     stream:TokenStream, # in the student's tokens
     lesson:Lesson,
     tokenizers:tuple|None=None, # the student's, the teacher's, where they differ
+    asked:Tensor|None=None, # windows that will be asked for; None: any
 )->Notes|None:
     "The notes that a lesson asks for, to be used by several students; None where the teacher reads along."
-    return Notes(teacher, stream, lesson.notes, lesson.temperature, tokenizers) if lesson.notes else None
+    return Notes(teacher, stream, lesson.notes, lesson.temperature, tokenizers, asked) if lesson.notes else None
 
 # %% ../../nbs/methods/06a_distill.ipynb #bf4917c4
 def _check_vocabularies(student:CausalLM, teacher:CausalLM, lesson:Lesson, tokenizers:tuple|None, across:bool):
@@ -167,12 +169,13 @@ def instruct(
     stream:TokenStream, # that the student will be trained on
     tokenizers:tuple|None=None, # the student's, the teacher's, where they differ
     notes:Notes|None=None, # made before; None: made now, if the lesson asks for them
+    asked:Tensor|None=None, # windows that notes made now will be asked for; None: any
 )->CausalLM: # the student
     "Have a student learn from a teacher when it is trained. Raises `ConfigError` for a lesson that does not fit."
     across = tokenizers is not None and tokenizers[0].to_str() != tokenizers[1].to_str()
     _check_vocabularies(student, teacher, lesson, tokenizers, across)
     if lesson.notes:
-        return teach_by_notes(student, notes or take_notes(teacher, stream, lesson, tokenizers), lesson.weight)
+        return teach_by_notes(student, notes or take_notes(teacher, stream, lesson, tokenizers, asked), lesson.weight)
     teach(student, teacher, lesson.weight, lesson.temperature)
     if not lesson.hidden_weight: return student
     return match_hidden(student, teacher, lesson.hidden_weight, lesson.hidden_layers)
@@ -197,12 +200,14 @@ def distill(
     tokenizers:tuple|None=None, # the student's, the teacher's, where they differ
     notes:Notes|None=None, # made before, for several students
     seed:int=0, # of the order of the data
-    progress:bool=True, # whether to show a bar
+    progress:bool=True, # whether to show how far reading and training are
 )->TrainResult:
     "Train a student on a text and on what a teacher believes about it."
-    instruct(student, teacher, lesson, train_stream, tokenizers, notes)
-    try: return train(student, train_stream, validation_stream, config, folder, seed, progress)
-    finally: dismiss(student)
+    asked = windows_read(train_stream, config, seed) if lesson.notes and notes is None else None
+    with shown(progress):
+        instruct(student, teacher, lesson, train_stream, tokenizers, notes, asked)
+        try: return train(student, train_stream, validation_stream, config, folder, seed, progress)
+        finally: dismiss(student)
 
 # %% ../../nbs/methods/06a_distill.ipynb #fbde6c6c
 def training_flops(

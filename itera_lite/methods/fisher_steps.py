@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.core import ConfigError
+from ..base.progress import track
 from ..storage.coding import entropy
 from ..storage.precision import coverage
 from ..storage.formats import get_format, to_groups, to_index, to_scale
@@ -22,10 +23,11 @@ def fisher_information(
     model:nn.Module, # FP32
     windows:Tensor, # (W,L) token ids
     seed:int=0, # of the tokens drawn
+    progress:bool=True, # show how far it is
 )->dict: # tensor name → mean squared gradient, nats² per token
     "The diagonal of the Fisher information, averaged over each tensor's weights; one window at a time."
     m, drawn, total = copy.deepcopy(model).eval().requires_grad_(True), torch.Generator().manual_seed(seed), {}
-    for ids in windows:
+    for ids in track(windows, "Fisher information", unit="window", show=progress):
         logits = m(ids[None])[0]
         y = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
         F.cross_entropy(logits, y, reduction="sum").backward()
@@ -69,6 +71,7 @@ def coded_scales(
     precision_map, # with many levels to choose from, such as uniform("int8-tensor")
     fisher:dict, # from `fisher_information`
     bits:float, # aimed at, for each weight that gets a code
+    progress:bool=True, # show how far it is
 )->dict: # name → scales
     "Steps of equal cost at a given number of bits, found by bisection. Raises `ConfigError` for bits out of reach."
     tensors, precisions = dict(model.named_parameters()), coverage(precision_map, model).precisions
@@ -79,7 +82,8 @@ def coded_scales(
     if not reach[0] < bits < reach[1]:
         raise ConfigError(f"bits {bits}: steps of these formats give {reach[0]:.2f} to {reach[1]:.2f} bits for each"
                           " weight")
-    while high/low > 1.001:
+    halvings = math.ceil(math.log2(math.log(high/low)/math.log(1.001)))
+    for _ in track(range(halvings), "steps for so many bits", show=progress):
         middle = math.sqrt(low*high)
         if bits_at(middle) > bits: low = middle
         else: high = middle

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.core import ConfigError, unknown
+from ..base.progress import shown, track
 from .channels import Site, Slice, mask_model
 from ..models.model import CausalLM
 from ..training.config import validation_windows
@@ -79,7 +80,7 @@ def taylor_values(
     "What a first-order expansion of the loss says each weight is worth."
     model = copy.deepcopy(model).eval().requires_grad_(True)
     values = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    for x, y in batches:
+    for x, y in track(batches, "importance by gradients", unit="batch"):
         model.zero_grad(set_to_none=True)
         model.loss(x, y).cross_entropy.backward()
         for n, p in model.named_parameters():
@@ -126,7 +127,7 @@ def reap(
 )->Tensor: # (E)
     "Mean of gate × output norm over the tokens that chose an expert; 0 for one that nobody chose."
     with watched_experts(model) as seen, torch.no_grad():
-        for x, _ in batches: model.hidden(x)
+        for x, _ in track(batches, "importance by outputs", unit="batch"): model.hidden(x)
     return seen[site.path]["saliency"]/seen[site.path]["tokens"].clamp(min=1)
 
 # %% ../../nbs/methods/04a_importance.ipynb #2de60489
@@ -156,7 +157,7 @@ def step_sizes(
     hook = module.register_forward_hook(look)
     try:
         with torch.no_grad():
-            for x, _ in batches: model.hidden(x)
+            for x, _ in track(batches, "importance by step sizes", unit="batch"): model.hidden(x)
     finally: hook.remove()
     return torch.cat(seen)
 
@@ -177,7 +178,8 @@ def ablation(
 )->Tensor: # (units) nats per token
     "How much the loss rises when one unit alone is silenced."
     before, others = calibration_loss(model, batches), ~torch.eye(site.units, dtype=torch.bool)
-    rises = [calibration_loss(mask_model(model, [(site, kept)]), batches) - before for kept in others]
+    tried = track(others, f"{site.group} silenced one by one", unit="unit")
+    rises = [calibration_loss(mask_model(model, [(site, kept)]), batches) - before for kept in tried]
     return torch.tensor(rises, dtype=torch.float64)
 
 # %% ../../nbs/methods/04a_importance.ipynb #4c896b24
@@ -205,14 +207,16 @@ def unit_importance(
     method:str="taylor", # one of `IMPORTANCE`
     batches=None, # from `calibration_batches`; not needed for magnitude and random
     seed:int=0, # of random
+    progress:bool=True, # show how far it is
 )->list: # (units) for each site, larger is worth more: nats, or for magnitude relative to the layer's mean
     "What each unit of a group is worth. Raises `ConfigError` as `check_importance`."
     check_importance(method, sites[0].group, batches)
     if method == "taylor":
-        values = taylor_values(model, batches) # of all sites at once
+        with shown(progress): values = taylor_values(model, batches) # of all sites at once
         return [sum(unit_sums(site, s, values) for s in site.slices) for site in sites]
     if method == "magnitude": return [m/m.mean() for m in (magnitude(model, site) for site in sites)]
     generator = torch.Generator().manual_seed(seed)
     if method == "random": return [torch.rand(site.units, generator=generator) for site in sites]
     measure = {"reap": reap, "mean": mean_order, "ablation": ablation}[method]
-    return [measure(model, site, batches) for site in sites]
+    places = track(sites, f"importance of {sites[0].group}", unit="place", show=progress)
+    return [measure(model, site, batches) for site in places]

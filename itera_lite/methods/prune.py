@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.core import ConfigError, sha256_text, unknown, write_json
+from ..base.progress import track
 from ..base.show import figure, look
 from ..base.system import peak_rss_bytes
 from ..checkpoints.folder import load_model, save_model
@@ -178,7 +179,7 @@ def input_norms(
     hooks = [m.register_forward_pre_hook(partial(add, n)) for n, m in modules.items()]
     try:
         with watched_experts(model), torch.no_grad():
-            for x, _ in batches: model.hidden(x)
+            for x, _ in track(batches, "norms of inputs", unit="batch"): model.hidden(x)
     finally:
         for hook in hooks: hook.remove()
     return {n: s.sqrt().float() for n, s in sums.items()}
@@ -274,7 +275,7 @@ def recovery_hash(
     streams = (setting.train_stream, setting.validation_stream)
     facts = [
         weights_fingerprint(model), model.config.model_dump(mode="json"), teacher and weights_fingerprint(teacher),
-        weight, temperature, config.model_dump(mode="json"), seed,
+        weight, temperature, config.facts(), seed,
         *(hashlib.sha256(s.ids.numpy().tobytes()).hexdigest() for s in streams),
     ]
     return sha256_text(json.dumps(facts, sort_keys=True))[:8]
@@ -289,6 +290,7 @@ def recover(
     seed:int=0, # of the order of the data
     weight:float=1.0, # of the teacher, 0 … 1
     temperature:float=1.0,
+    progress:bool=True, # show how far the training is
 )->dict: # folder, tokens, seconds, val_bpb, best_step (0: the weights it started from), peak_rss_bytes
     "Train a model on, and save it; what is there already is read."
     folder = setting.folder/f"{name}-{recovery_hash(model, setting, config, teacher, seed, weight, temperature)}"
@@ -297,7 +299,7 @@ def recover(
     student = copy.deepcopy(model)
     if teacher is not None: teach(student, copy.deepcopy(teacher), weight, temperature)
     with zeros_kept(student):
-        ended = train(student, setting.train_stream, setting.validation_stream, config, folder, seed, progress=False)
+        ended = train(student, setting.train_stream, setting.validation_stream, config, folder, seed, progress)
     more = {"trained_on_for_tokens": ended.tokens, "teacher": "the unpruned model" if teacher else "none"}
     save_model(untaught(student), folder/"model", setting.tokenizer, card=getattr(model, "card", {}) | more)
     result = dict(tokens=ended.tokens, seconds=ended.seconds, val_bpb=ended.best_val_bpb, best_step=ended.best_step,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..base.core import ConfigError, sha256_text
+from ..base.progress import shown
 from ..checkpoints.weights import packed_tensors
 from .fisher_steps import coded_scales, fisher_information
 from .quantize import quantize
@@ -200,12 +201,12 @@ def train_quantized(
     windows:Tensor, # (W,L) token ids for the start
     bits:float|None=None, # for each weight that gets a code, on disk; None: no limit but the format's
     seed:int=0,
-    progress:bool=False,
+    progress:bool=True, # show how far the start and the training are
     activations:dict|None=None, # grids that the model rounds its activations to, in training and after
 )->tuple[CausalLM, TrainResult]: # packed; how training ended
     "From an FP32 model to a packed one, by training with the rounding inside; killed, it resumes."
     precisions = require_coverage(coverage(precision_map, model)).precisions
-    start = quantized_start(model, precision_map, windows, bits)
+    with shown(progress): start = quantized_start(model, precision_map, windows, bits)
     scales = stored_scales(start)
     if not scales:
         raise ConfigError("no tensor of the precision map gets a code: there is nothing to train with rounding inside")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base.core import ConfigError, DataError
 from ..base.batches import TokenStream
+from ..base.progress import Progress
 from ..models.moe import MoE
 from itera_lite.storage.formats import (
     CALIBRATIONS, Packed, encode, get_format, pack, to_groups, to_index, to_scale, to_values,
@@ -160,18 +161,25 @@ def quantize(
     calibration:str="mse", # one of `CALIBRATIONS`
     damping:float=0.01, # of the input moments
     min_coverage:float=0.99, # share of parameters that a rule must speak of
+    progress:bool=True, # show how far it is
 )->nn.Module: # a copy, packed, in eval mode
     "Pack a model by a map, with error compensation where there is text. Raises `ConfigError` as `compress_model`."
     precisions = require_coverage(coverage(precision_map, model), min_coverage).precisions
     result, tensors = copy.deepcopy(model).eval(), dict(model.named_parameters())
-    for stage in _stages(precisions):
-        scaled = [n for n in stage if get_format(precisions[n]).per]
-        moments = {} if windows is None or not scaled else input_moments(result, windows, scaled)
-        for name in stage:
-            if precisions[name] == "fp32": continue
-            scale = scales[name] if scales is not None and name in scaled else None
-            pack_tensor(result, name, packed_tensor(name, tensors[name].detach(), precisions[name], calibration,
-                                                    moments.get(name), scale, damping))
+    sizes = {n: tensors[n].numel()*(1 if windows is None else tensors[n].shape[-1:].numel()) for n in precisions}
+    total = sum(sizes.values()) # of what compensation costs, in proportion
+    with Progress("quantization", len(precisions), "tensor", show=progress) as work:
+        for stage in _stages(precisions):
+            scaled = [n for n in stage if get_format(precisions[n]).per]
+            moments = {} if windows is None or not scaled else input_moments(result, windows, scaled)
+            for name in stage:
+                scale = scales[name] if scales is not None and name in scaled else None
+                if precisions[name] != "fp32":
+                    packed = packed_tensor(name, tensors[name].detach(), precisions[name], calibration,
+                                           moments.get(name), scale, damping)
+                    pack_tensor(result, name, packed)
+                del sizes[name]
+                work.to(work.done + 1, share=1 - sum(sizes.values())/total)
     return result
 
 # %% ../../nbs/methods/01_quantize.ipynb #e8ba07f3

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from torch import Tensor, nn
 
 from ..base.core import ConfigError
+from ..base.progress import track
 from ..base.show import PALETTE, figure
 from ..evaluation.scores import batch_for, evaluating, kl_and_agreement
 from ..storage.precision import PrecisionMap, compact_map, stem
@@ -82,23 +83,24 @@ def sensitivity(
     precisions=("int8", "int4"), # of the module under test, one after the other
     calibration:str="percentile",
     percentile:float=99.99, # of |w|
+    progress:bool=True, # show how far it is
 )->list: # of dicts with the keys below; largest kl first
     """What each module costs when it alone is stored in fewer bits: forward KL to the model as it is.
 
     Keys: group, asked (precision), precision (given), rules (tensor → precision), parameters, saved_bytes (of FP32's),
     kl (nats per token), top1 (agreement)."""
     shapes, rows, reference = tensor_shapes(model), [], window_logits(model, windows)
-    for group, names in layer_groups(model).items():
-        for precision in precisions:
-            asked = lowered(shapes, names, precision)
-            rules = {n: asked[n] for n in names}
-            with rounded(model, rules, calibration, percentile):
-                kl, top1 = divergence(reference, window_logits(model, windows))
-            saved = sum(4*math.prod(shapes[n]) - packed_bytes(shapes[n], rules[n]) for n in names)
-            rows.append(dict(
-                group=group, asked=precision, precision="+".join(sorted(set(rules.values()))), rules=rules,
-                parameters=sum(math.prod(shapes[n]) for n in names), saved_bytes=saved, kl=kl, top1=top1,
-            ))
+    trials = [(group, names, precision) for group, names in layer_groups(model).items() for precision in precisions]
+    for group, names, precision in track(trials, "sensitivity", unit="trial", show=progress):
+        asked = lowered(shapes, names, precision)
+        rules = {n: asked[n] for n in names}
+        with rounded(model, rules, calibration, percentile):
+            kl, top1 = divergence(reference, window_logits(model, windows))
+        saved = sum(4*math.prod(shapes[n]) - packed_bytes(shapes[n], rules[n]) for n in names)
+        rows.append(dict(
+            group=group, asked=precision, precision="+".join(sorted(set(rules.values()))), rules=rules,
+            parameters=sum(math.prod(shapes[n]) for n in names), saved_bytes=saved, kl=kl, top1=top1,
+        ))
     return sorted(rows, key=lambda r: -r["kl"])
 
 # %% ../../nbs/methods/07a_sensitivity.ipynb #487036a4

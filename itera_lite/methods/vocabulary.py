@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['byte_alphabet', 'token_bytes', 'token_use', 'kept_tokens', 'shrink_tokenizer', 'old_pieces', 'remap_model',
-           'below_chord', 'knee', 'knee_without', 'knee_sentences', 'vocabulary_verdict']
+           'below_chord', 'knee', 'knee_without', 'size_of', 'knee_headline', 'vocabulary_findings']
 
 # %% ../../nbs/methods/05_vocabulary.ipynb #8a51e463
 import json
@@ -186,35 +186,45 @@ def knee_without(
     ]
 
 # %% ../../nbs/methods/05_vocabulary.ipynb #ad023563
-def knee_sentences(
+def size_of(row:Row)->str: # such as 2,000
+    "The vocabulary of a row, which its name ends with."
+    return f"{int(row.name.split(',')[0].split()[-1]):,}"
+
+def knee_headline(
     rows:list[Row], # measured; the first is the largest vocabulary
     chosen:str, # name of the row at the knee
-)->list[str]:
-    "What the chosen size saves and costs against the largest."
+)->str:
+    "What the chosen size saves and costs against the largest, in one sentence."
     base, row = rows[0], next(r for r in rows if r.name == chosen)
     if chosen == base.name:
-        return [f"The knee, chosen on validation text, is the largest vocabulary: {base.name}"
-                f" ({base.bits_per_byte:.4f} bits per byte of test text, {base.file_bytes:,} bytes)."]
-    low, high = row.perplexity_change_ci95
-    cost = "Cutting the vocabulary to it costs nothing here." if high <= 0 else "No clear difference."
-    if low > 0: cost = "It is not free: the smaller vocabulary is worse."
-    return [
-        (
-            f"The knee, chosen on validation text, is {chosen}: {change_text(row)} perplexity against {base.name} (per"
-            f" token of that vocabulary), {row.bits_per_byte:.4f} against {base.bits_per_byte:.4f} bits per byte of"
-            " test text."
-        ),
-        cost,
-    ]
+        return (f"The knee, chosen on validation text, is the largest vocabulary, {size_of(base)} tokens:"
+                f" {base.bits_per_byte:.4f} bits per byte of test text.")
+    return (f"The knee, chosen on validation text, is {size_of(row)} tokens: against {size_of(base)} it is"
+            f" {change_text(row).replace('× at', '× smaller at')} perplexity.")
 
-def vocabulary_verdict(
+# %% ../../nbs/methods/05_vocabulary.ipynb #8213788c
+def _free(rows:list[Row], chosen:str)->str:
+    "Whether the chosen size costs something."
+    base, row = rows[0], next(r for r in rows if r.name == chosen)
+    if row is base: return ""
+    low, high = row.perplexity_change_ci95
+    how = "worse than" if low > 0 else "better than" if high < 0 else "not clearly different from"
+    return (f"Trained alike, {size_of(row)} tokens are {how} {size_of(base)}: {row.bits_per_byte:.4f} against"
+            f" {base.bits_per_byte:.4f} bits per byte of test text.")
+
+def vocabulary_findings(
     rows:list[Row], # measured; the first is the largest vocabulary
     chosen:str, # name of the row at the knee
     cuts:list[Row], # of remapped models
-)->str:
-    "What a smaller vocabulary saves and costs, in a few sentences."
-    found = knee_sentences(rows, chosen)
+    sizes:int, # how many the knee was chosen among
+    others:dict, # size left out → what the rule says then, where it says something else
+)->list[str]:
+    "At most four sentences beside the headline."
+    found = [_free(rows, chosen)]
     for technique in dict.fromkeys(r.technique for r in cuts):
         best = min((r for r in cuts if r.technique == technique), key=lambda r: r.perplexity_change_percent)
-        found.append(f"{technique.capitalize()}, the best is {best.name}: {change_text(best)}.")
-    return " ".join(found)
+        found.append(f"Of those {technique}, {size_of(best)} tokens change perplexity least: {change_text(best)}.")
+    moved = ", ".join(f"without {k} it is {v:,}" for k, v in others.items())
+    if moved: found.append(f"The knee is not sharp: {moved}.")
+    elif sizes > 3: found.append(f"The knee stays where it is if any other of the {sizes} sizes is left out.")
+    return [sentence for sentence in found if sentence]

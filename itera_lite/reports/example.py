@@ -16,6 +16,7 @@ import numpy as np
 
 from ..base.record import Criteria, DataInfo, Row, Speed, start_run
 from ..base.core import sha256_text
+from ..base.show import change_text
 
 # %% ../../nbs/reports/02_example.ipynb #b925d4ca
 V = 64 # symbols, one byte each
@@ -182,10 +183,9 @@ def compression_record(text:Example, folder:Path, curves:dict, seed:int=0):
     criteria.judge(best.ratio, best.perplexity_change_percent, best.perplexity_change_ci95[1])
     rows.append(Row(name="experts removed", technique="pruning", status="not_applicable",
                     reason="a table of probabilities has no experts to remove"))
-    verdict = (
-        f"Example: {best.name} is {best.ratio:.2f}× smaller at {best.perplexity_change_percent:+.2f} % perplexity."
-    )
-    return run.finish(verdict, rows, base.name, text.data, criteria, curves)
+    headline = f"Example: {best.name} makes a table of probabilities {change_text(best)} perplexity."
+    finding = f"Of {len(rows) - 2} compressed tables the smallest has {min(r.file_bytes for r in rows[:-1]):,} bytes."
+    return run.finish(headline, rows, base.name, text.data, criteria, curves, findings=[finding])
 
 # %% ../../nbs/reports/02_example.ipynb #653dd8b5
 def comparison_record(text:Example, folder:Path, budgets:list[int], seed:int=0):
@@ -201,10 +201,10 @@ def comparison_record(text:Example, folder:Path, budgets:list[int], seed:int=0):
                 train_tokens=budget, seeds=seeds, seed_bits_per_byte=scores, bits_per_byte=float(np.mean(scores)),
             ))
     gained = rows[-1].bits_per_byte - rows[len(budgets) - 1].bits_per_byte
-    return run.finish(
-        f"Example: at {budgets[-1]:,} tokens a symbol of context brings {gained:.2f} bits per byte.", rows,
-        data=text.data,
-    )
+    headline = f"Example: at {budgets[-1]:,} tokens a symbol of context brings {gained:.2f} bits per byte."
+    spread = max(max(row.seed_bits_per_byte) - min(row.seed_bits_per_byte) for row in rows)
+    finding = f"Seeds of one row differ by at most {spread:.2f} bits per byte."
+    return run.finish(headline, rows, data=text.data, findings=[finding])
 
 # %% ../../nbs/reports/02_example.ipynb #a534c96e
 def make_example(

@@ -1,0 +1,1 @@
+"""The trainer, its checkpoints, trials, teachers and the smoke model."""

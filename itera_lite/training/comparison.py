@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from ..base.core import ConfigError
+from ..base.progress import track
 from ..base.record import Row
 from ..base.show import error_bar, figure, interval, look, with_floor
 from ..evaluation.scores import DocScores, bits_per_byte, bootstrap_ci
@@ -60,7 +61,7 @@ def points_of(
 )->list[Point]: # in order of model and tokens
     "The test scores of all final trials, those that differ in seed only together."
     groups = {}
-    for trial, result in final:
+    for trial, result in track(final, "test scores", unit="trial"):
         scores = final_scores(trial, setting, documents, device)
         groups.setdefault((trial.model, result["tokens"]), []).append((trial, result, scores))
     return [

@@ -32,8 +32,8 @@ class TrainConfig(BaseModel):
     warmup_fraction: float = Field(0.05, ge=0, lt=1) # share of the steps
     min_lr_fraction: float = Field(0.1, ge=0, le=1) # final learning rate / peak
     clip_norm: float = Field(1.0, gt=0) # limit of the gradient's norm
-    eval_every_tokens: int|None = Field(None, gt=0) # None: twenty times in the run
-    eval_tokens: int = Field(65_536, gt=0) # size of the validation subset
+    eval_every_tokens: int|None = Field(None, gt=0) # None: twenty times in the run, less often in a small one
+    eval_tokens: int|None = Field(None, gt=0) # size of the validation subset; None: what the run can afford
     patience: int = Field(0, ge=0) # evaluations without improvement before stopping; 0: never stop early
     checkpoint_every_steps: int = Field(100, gt=0)
     log_every_steps: int = Field(10, gt=0)
@@ -58,6 +58,21 @@ def tokens_per_step(self:TrainConfig,
 def steps(self:TrainConfig, tokens:int, processes:int=1)->int: # at least 1
     "Whole steps that consume at least so many tokens."
     return math.ceil(tokens / self.tokens_per_step(processes))
+
+# %% ../../nbs/training/02_config.ipynb #72118633
+@patch
+def validations(self:TrainConfig)->tuple[int, int]: # tokens between two validations; tokens that each reads
+    "How often to validate, and on how much; what the settings say stays as it is."
+    share, batch = self.max_tokens//8, self.batch_size*self.seq_length # tokens
+    times = 20 if self.eval_tokens else min(20, max(2, share//max(batch, 4096)))
+    every = self.eval_every_tokens or math.ceil(self.max_tokens/times)
+    tokens = share//(1 + math.ceil(self.max_tokens/every)) # one more: the untrained model is validated too
+    return every, self.eval_tokens or min(65_536, max(batch, tokens))
+
+@patch
+def facts(self:TrainConfig)->dict: # JSON
+    "The settings, with the size of the validation subset that they come to."
+    return self.model_dump(mode="json") | dict(eval_tokens=self.validations()[1])
 
 # %% ../../nbs/training/02_config.ipynb #3259d5a3
 def learning_rate_at(

@@ -77,10 +77,11 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         self.processes, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.device, self.steps = self.accelerator.device, config.steps(config.max_tokens, self.processes)
-        self.eval_every = config.steps(config.eval_every_tokens or math.ceil(config.max_tokens / 20), self.processes)
+        every, subset = config.validations() # tokens
+        self.eval_every = config.steps(every, self.processes)
         self.train_factor, self.val_factor = bits_per_byte_factor(train_stream), bits_per_byte_factor(validation_stream)
         self.identity = identity(model, train_stream, validation_stream, config, seed, self.accelerator)
-        self.windows = validation_windows(validation_stream, config.seq_length, config.eval_tokens)
+        self.windows = validation_windows(validation_stream, config.seq_length, subset)
         seed_everything((seed + self.accelerator.process_index) % 2**32)
         self.batches = Batches(
             train_stream, config.batch_size, config.seq_length, seed, self.accelerator.process_index, self.processes
@@ -139,7 +140,7 @@ def identity(
     settings = getattr(model, "config", None)
     architecture = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else {}
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    settings = config.model_dump(mode="json", exclude={"checkpoint_every_steps", "log_every_steps"})
+    settings = {k: v for k, v in config.facts().items() if k not in ("checkpoint_every_steps", "log_every_steps")}
     return {
         **{f"config.{k}": v for k, v in settings.items()}, **{f"model.{k}": v for k, v in architecture.items()},
         "model class": type(model).__name__, "model shapes": sha256_text(json.dumps(shapes, sort_keys=True)),
@@ -428,7 +429,8 @@ def fit(self:Trainer, stop:StopSignals)->None:
         with self.disk("metrics.csv"): write_atomic(self.folder/"metrics.csv", metrics_csv(self.at.rows))
     self.progress = Progress(self.steps, self.at.step, show=self.main and self.show)
     try:
-        if not self.at.rows: self.at.settled = False # the first row is about the untrained model
+        if self.at.rows: self.progress.row(self.at.rows)
+        else: self.at.settled = False # the first row is about the untrained model
         while not self.over():
             if self.at.settled:
                 begun = time.monotonic()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVE_COLUMNS', 'Trial', 'Setting', 'unfinished', 'keep_trained', 'run_trial', 'Sweep', 'sweep_learning_rates',
-           'trial_line', 'all_converged', 'run_trials', 'final_scores', 'mean_scores']
+           'trial_line', 'all_converged', 'Plan', 'run_trials', 'final_scores', 'mean_scores']
 
 # %% ../../nbs/training/09_trials.ipynb #0be999fb
 import functools, hashlib, json, math
@@ -21,6 +21,7 @@ from torch import nn
 from ..base.core import ConfigError, TrainingError, portable_path, seed_everything, write_json
 from ..base.batches import TokenStream
 from ..base.data import documents_sha256
+from ..base.progress import Progress, aside
 from ..base.system import locked
 from ..checkpoints.folder import load_model, save_model
 from ..evaluation.scores import DocScores, score_documents
@@ -64,7 +65,7 @@ def trial_folder(self:Setting,
     ids = hashlib.sha256()
     for stream in (self.train_stream, self.validation_stream): ids.update(stream.ids.numpy().tobytes())
     facts = [
-        trial.model, trial.config.model_dump(mode="json"), trial.training.model_dump(mode="json"), trial.seed,
+        trial.model, trial.config.model_dump(mode="json"), trial.training.facts(), trial.seed,
         self.tokenizer.to_str(), ids.hexdigest(),
     ]
     name = f"{trial.model.lower().replace(' ', '-')}-{trial.budget}-lr{trial.learning_rate:g}-seed{trial.seed}"
@@ -95,7 +96,7 @@ def keep_trained(lm:nn.Module, ended:TrainResult, setting:Setting, folder:Path)-
 def run_trial(
     trial:Trial,
     setting:Setting,
-    progress:bool=False, # show a bar
+    progress:bool=True, # show how far it is
 )->dict: # JSON; val_bpb is None where training diverged
     "Train, save the model of the best step, and note what came out; a finished trial is read, not repeated."
     folder = setting.trial_folder(trial)
@@ -161,6 +162,30 @@ def all_converged(final:list[tuple[Trial, dict]])->None:
         f" learning rate {failed['learning_rate']:g}: leave that rate out of learning_rates"
     )
 
+# %% ../../nbs/training/09_trials.ipynb #f34c622e
+class Plan(Progress):
+    "Which trial of how many; the time left goes by tokens, and trials that were finished before cost none."
+    def __init__(self,
+        models:int, # that are compared
+        rates:int, # learning rates in the grid
+        budgets:list[int], # tokens, smallest first
+        seeds:int,
+        show:bool=True,
+    ):
+        small = rates + seeds - 1 # trials at the smallest budget
+        self.tokens, self.trained = models*(small*budgets[0] + sum(budgets[1:])), 0
+        super().__init__("trials", models*(small + len(budgets) - 1), show=show)
+
+    def more(self, budget:int):
+        "Plan one more."
+        self.total, self.tokens = self.total + 1, self.tokens + budget
+
+    def through(self, budget:int, before:bool):
+        "One is through; `before` says that it was when this process began."
+        if before: self.tokens -= budget
+        else: self.trained += budget
+        self.to(self.done + 1, share=self.trained/max(1, self.tokens))
+
 # %% ../../nbs/training/09_trials.ipynb #a2005dbd
 def run_trials(
     configs:dict[str, Config], # name of the model → architecture
@@ -172,23 +197,29 @@ def run_trials(
     extensions:int=0, # of the grid of learning rates
     evaluations:int=20, # of the validation loss in each training
     say:Callable=print, # gets a line for each trial
+    progress:bool=True, # show how far it is
 )->tuple[dict[str, Sweep], list[tuple[Trial, dict]]]: # name → sweep; final trials with their results
     "Run every trial of a comparison that is not finished yet."
-    budgets = sorted(set(budgets))
+    budgets, grid, sweeps, final = sorted(set(budgets)), {float(rate) for rate in learning_rates}, {}, []
     @functools.cache # the sweep's winner is asked for twice
     def run(name, budget, rate, seed):
         own = dict(max_tokens=budget, learning_rate=rate, eval_every_tokens=max(1, budget // evaluations))
         trial = Trial(name, configs[name], training.model_copy(update=own), seed)
+        before = (setting.trial_folder(trial)/"result.json").exists()
+        plan.to(plan.done, f"{name}, learning rate {rate:g}")
         result = run_trial(trial, setting)
-        say(trial_line(trial, result))
+        plan.through(budget, before)
+        with aside(): say(trial_line(trial, result))
         return trial, result
-    def score(name, rate): return run(name, budgets[0], rate, seeds[0])[1]["val_bpb"] or math.inf
+    def score(name, rate):
+        if rate not in grid: plan.more(budgets[0])
+        return run(name, budgets[0], rate, seeds[0])[1]["val_bpb"] or math.inf
 
-    sweeps, final = {}, []
-    for name in configs:
-        sweeps[name] = sweep_learning_rates(learning_rates, functools.partial(score, name), extensions)
-        final += [run(name, budgets[0], sweeps[name].best, s) for s in seeds]
-        final += [run(name, budget, sweeps[name].best, seeds[0]) for budget in budgets[1:]]
+    with Plan(len(configs), len(grid), budgets, len(seeds), progress) as plan:
+        for name in configs:
+            sweeps[name] = sweep_learning_rates(learning_rates, functools.partial(score, name), extensions)
+            final += [run(name, budgets[0], sweeps[name].best, s) for s in seeds]
+            final += [run(name, budget, sweeps[name].best, seeds[0]) for budget in budgets[1:]]
     all_converged(final)
     return sweeps, final
 
