@@ -165,7 +165,8 @@ def picture_caption(records:dict[str, Record])->str:
     model = reference.row(reference.baseline)
     return (f"FP32 is a model of {model.parameters:,} parameters and {model.file_bytes/1e6:.2f} MB, at"
             f" {model.bits_per_byte:.4f} bits per byte of {reference.data.corpus}; each point is a model made of it,"
-            " by 05b and 06 with further training, on the same documents. Bytes are files on disk, of other libraries their stored tensors.")
+            " by 05b and 06 with further training, on the same documents. Bytes are files on disk, of"
+            " other libraries their stored tensors.")
 
 # %% ../../nbs/reports/05b_front_page.ipynb #52f75d65
 ROOMS = ("base", "kernels", "models", "storage", "checkpoints", "evaluation", "training", "runtime", "methods", "jobs",
