@@ -67,9 +67,10 @@ clean-notebooks: $(READY)  ## take outputs and stray metadata out of nbs/
 	@$(BIN)/nbdev_clean
 
 # The notebook is executed, so that its table comes from the records of this moment; its code cells tagged hide_input are left out.
-readme: $(READY)  ## write README.md from nbs/index.ipynb
+readme: $(READY)  ## write README.md from nbs/index.ipynb, and the tables, lists and picture beside it
 	@$(BIN)/python -m nbconvert --log-level=ERROR --to=markdown --execute --TagRemovePreprocessor.enabled=True \
 		--TagRemovePreprocessor.remove_input_tags=hide_input --output='$(abspath $(README))' nbs/index.ipynb
+	@$(if $(filter README.md,$(README)),$(BIN)/python -c 'from itera_lite.reports.front_page import write_generated; write_generated()')
 
 bench: $(READY)  ## measure against the peers: tokens per second, same shapes, one process
 	@$(BIN)/python -m itera_lite.app.cli bench $(ARGS)

@@ -54,7 +54,7 @@ def place(tmp_path_factory):
 def compress(place, *words, kind="s4", out="out"):
     """Run the command in this process: lines printed, the one line of a refusal, and the status."""
     words = [str(w).replace("TEXT", str(place / "text.txt")) for w in words]
-    done = CliRunner().invoke(app, ["compress", str(place / kind), "--out", str(place / out), *words])
+    done = CliRunner().invoke(app, ["compress", str(place / kind), "--out", str(place / out), "--overwrite", *words])
     if done.exception and not isinstance(done.exception, SystemExit):
         mistake = users_mistake(done.exception)
         if mistake is None:
@@ -139,7 +139,7 @@ REFUSED = {
     "group does not divide, gptq": (
         ["--method", "gptq", "--precision", "int3-g48", *CALIBRATED], "groups of 48 do not divide",
     ),
-    "precision does not exist": (["--precision", "int9"], "unknown precision 'int9': allowed fp32"),
+    "precision does not exist": (["--precision", "int9"], "unknown precision 'int9'"),
     "bit width does not exist": (["--bits", 9], "bits 9"),
     "bit width is a fraction": (["--bits", 3.5], "bits 3.5: allowed are whole numbers from 2 to 8"),
     "bits out of reach": (["--method", "coded", "--bits", 12, *CALIBRATED], "bits 12.0"),

@@ -131,12 +131,13 @@ def data_info(
     tokenizer:Tokenizer,
     train_stream:TokenStream|None=None, # to count train's tokens
     eval_stream:TokenStream|None=None, # of the text that was scored
+    eval_documents:int|None=None, # that were scored
 )->DataInfo:
     "The facts about text and tokenizer that a record states."
     return DataInfo(
         corpus=corpus.name, sha256=corpus.sha256, tokenizer_sha256=sha256_text(tokenizer.to_str()),
         vocab_size=tokenizer.get_vocab_size(), train_tokens=None if train_stream is None else len(train_stream),
         eval_tokens=None if eval_stream is None else len(eval_stream),
-        eval_bytes=None if eval_stream is None else int(eval_stream.bytes.sum()),
+        eval_bytes=None if eval_stream is None else int(eval_stream.bytes.sum()), eval_documents=eval_documents,
         duplicates_removed=corpus.duplicates_removed, floor_bits_per_byte=corpus.floor_bits_per_byte,
     )

@@ -28,19 +28,19 @@ from .validate import check_model_folder, found_here
 
 # %% ../../nbs/evaluation/07_compare.ipynb #8d9451a0
 def text_here(
-    text, # a corpus's name, the path of a text file or of a folder of .txt files, or a `Corpus`
+    text, # a corpus's name, the path of a text file or of a folder of text, or a `Corpus`
 ): # the same; a path that is there as an absolute one
     "A text as a user names it, from the folder one works in. Raises `ConfigError` for what is no name."
     if isinstance(text, Corpus): return text
     if not isinstance(text, (str, Path)) or not str(text).strip():
         raise ConfigError(
-            f"text {text!r}: allowed are a corpus ({', '.join(CORPORA)}), a text file, or a folder of .txt files"
+            f"text {text!r}: allowed are a corpus ({', '.join(CORPORA)}), a text file, or a folder of text"
         )
     there = str(text) not in CORPORA and Path(text).expanduser().exists()
     return str(found_here(text) if there else text)
 
 def read_corpus(
-    text, # a corpus's name, the path of a text file or of a folder of .txt files, or a `Corpus`
+    text, # a corpus's name, the path of a text file or of a folder of text, or a `Corpus`
     data_dir="", # folder that holds corpora by name; "": the environment variable ITERA_LITE_DATA
 )->Corpus:
     "A text as a user names it. Raises `ConfigError` for no name, `DataError` for what cannot be had or read."

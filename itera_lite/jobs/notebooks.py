@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABSTRACT_TAG', 'TRAINING', 'PIPELINE', 'notebook_path', 'preset_parameters', 'kernel_environment', 'lock_of',
            'add_abstract', 'run_notebook', 'executed', 'arrived', 'ended_well', 'finished', 'default_notebooks', 'Step',
-           'plan_step', 'check_contents', 'check_corpora', 'check_machine', 'plan', 'say', 'kept', 'run_step',
-           'run_pipeline', 'command_line', 'exit_status', 'main']
+           'plan_step', 'text_of', 'check_contents', 'check_corpora', 'check_machine', 'plan', 'say', 'kept',
+           'run_step', 'run_pipeline', 'command_line', 'exit_status', 'main']
 
 # %% ../../nbs/jobs/02_notebooks.ipynb #f5496060
 import argparse, os, signal, sys, time
@@ -229,7 +229,8 @@ def plan_step(
     values, source = preset_parameters(name, preset)
     check_parameters(name, defaults, values, source)
     given = {**values, **{k: v for k, v in wanted.items() if k in defaults}, "preset": preset}
-    if "model_dir" in defaults and name != TRAINING and not given.get("model_dir"):
+    own_text = "text" in defaults # such a notebook trains a model of its own
+    if "model_dir" in defaults and name != TRAINING and not own_text and not given.get("model_dir"):
         if trained: given["model_dir"] = portable_path(run/TRAINING/"model")
         elif preset != "smoke":
             raise RunError(f"{name} needs a trained model and {TRAINING} is not finished in {portable_path(run)}: run"
@@ -238,12 +239,16 @@ def plan_step(
     return Step(name, run/name, given, {**defaults, **given})
 
 # %% ../../nbs/jobs/02_notebooks.ipynb #05be7555
+def text_of(step:Step)->str|None: # a corpus's name or a path; None: the notebook reads no text
+    "The text that a notebook is to read."
+    return step.settings.get("corpus") or step.settings.get("text")
+
 def check_contents(
     step:Step, # to be checked
     data_dir:str="", # folder with local text
 )->None:
     "Raise for a named configuration or a corpus that does not exist."
-    model, corpus = step.settings.get("model"), step.settings.get("corpus")
+    model, corpus = step.settings.get("model"), text_of(step)
     if model:
         from itera_lite.models.config import named_config # slow to import, as it brings torch
         named_config(model)
@@ -251,7 +256,7 @@ def check_contents(
         from itera_lite.base.data import CORPORA
         roots = (data_root(step.settings.get("data_dir") or data_dir), project_root())
         if corpus in CORPORA or any(root and (root/corpus).exists() for root in roots): return
-        hint = "a text file or a folder of .txt files does too"
+        hint = "a text file or a folder of text does too"
         raise unknown("corpus", corpus, CORPORA, hint=hint, error=DataError)
 
 # %% ../../nbs/jobs/02_notebooks.ipynb #407fe127
@@ -260,7 +265,7 @@ def check_corpora(
     data_dir:str="", # folder with local text
 )->None:
     "Raise `DataError` for a corpus that cannot be had."
-    needed = {(step.settings.get("corpus"), step.settings.get("data_dir") or data_dir) for step in steps}
+    needed = {(text_of(step), step.settings.get("data_dir") or data_dir) for step in steps}
     for corpus, folder in needed:
         if not corpus or corpus == "stories": continue
         from itera_lite.base.data import load_corpus
@@ -319,7 +324,7 @@ def run_step(
 )->None:
     "Run one notebook of a pipeline; its line says how it ended."
     if step.record: line.tell(f"runs again, as {TRAINING} did")
-    if "model_dir" in step.settings and not step.settings["model_dir"]:
+    if "model_dir" in step.settings and "text" not in step.settings and not step.settings["model_dir"]:
         line.tell(f"uses the cached smoke model, as {TRAINING} is not part of this run")
     try: run_notebook(step.notebook, step.folder, step.given, progress=line, **options)
     except NotebookFailed as e:

@@ -6,13 +6,13 @@
 __all__ = ['largest_and_rms', 'site_kind', 'outliers_by_kind', 'rotate_model', 'quantize_both']
 
 # %% ../../nbs/methods/03_activations.ipynb #7f0c3302
-import copy, math, re
+import copy, re
 
 import torch
 from torch import Tensor
 
 from ..base.core import ConfigError
-from ..base.progress import Progress, shown
+from ..base.progress import shown
 from ..kernels.mixer import hadamard
 from .quantize import quantize
 from ..models.model import CausalLM
@@ -86,11 +86,7 @@ def quantize_both(
     progress:bool=True, # show how far it is
 )->CausalLM: # packed, rounding its activations
     "Weights and activations in few bits: `quantize`, then steps for what the packed model computes."
-    batch = 8 # windows
     with shown(progress):
         packed = quantize(model, precision_map, windows if compensate else None)
-        with Progress("ranges of activations", math.ceil(len(windows)/batch), "batch") as work:
-            counter = packed.norm_f.register_forward_hook(lambda *_: work.to(work.done + 1))
-            try: found = calibrate_activations(packed, windows, percentile, bits, state, batch)
-            finally: counter.remove()
+        found = calibrate_activations(packed, windows, percentile, bits, state)
     return round_activations(packed, found)

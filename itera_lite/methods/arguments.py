@@ -125,14 +125,14 @@ def read_recipe(
 
 # %% ../../nbs/methods/07d_arguments.ipynb #de66e072
 def read_text(
-    text, # name of a corpus, path of a text file or of a folder of .txt files, or a `Corpus`
+    text, # name of a corpus, path of a text file or of a folder of text, or a `Corpus`
     data_dir:str="", # folder that holds corpora by name; "": the environment variable ITERA_LITE_DATA
 )->Corpus:
     "The text of a method that reads some. Raises `ConfigError` where none was named, `DataError` as `read_corpus`."
     if text is None:
         raise ConfigError(
             "this method reads text and none is named: give text (--text), a corpus such as stories or tinystories, a"
-            " text file, or a folder of .txt files"
+            " text file, or a folder of text"
         )
     return read_corpus(text, data_dir)
 

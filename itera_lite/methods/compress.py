@@ -169,7 +169,7 @@ def _repr_markdown_(self:Compressed):
 # %% ../../nbs/methods/08_compress.ipynb #51a621ec
 @patch
 def evaluate(self:Compressed,
-    text="stories", # a corpus, a text file, a folder of .txt files, or a `Corpus`; its test split is read
+    text="stories", # a corpus, a text file, a folder of text, or a `Corpus`; its test split is read
     documents:int|None=200, # at most; None: all
     data_dir="", # folder that holds corpora by name
     **settings, # what `evaluate_text` takes
@@ -399,7 +399,7 @@ OPTIONS = { # what each means, with its unit
     "calibration": "how a code's range is set: mse, percentile or max",
     "percentile": "percent of |weight| (quantize) or |activation| (activations) that the range keeps; None: 99.99",
     "min_coverage": "share of the parameters that a map has to decide on, 0 to 1",
-    "text": "to calibrate on or to learn from: a corpus, a text file, a folder of .txt files, or a `Corpus`",
+    "text": "to calibrate on or to learn from: a corpus, a text file, a folder of text, or a `Corpus`",
     "data_dir": "folder that holds corpora by name; '': the environment variable ITERA_LITE_DATA",
     "calibration_tokens": "tokens of text to calibrate on",
     "recipe": "fractions to remove: d_inner=0.25,heads=0.25 (prune), wanda=0.5 (sparse); fields of the student that"

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Lesson', 'layer_outputs', 'layer_pairs', 'relative_squared_error', 'match_hidden', 'take_notes', 'instruct',
-           'dismiss', 'distill', 'training_flops', 'lesson_flops', 'Teaching', 'taught_trial', 'against_alone',
-           'distillation_verdict']
+           'dismiss', 'distill', 'training_flops', 'lesson_flops', 'Teaching', 'taught_trial', 'against_alone']
 
 # %% ../../nbs/methods/06a_distill.ipynb #6ed7018c
 import contextlib, json, math, types
@@ -310,27 +309,3 @@ def against_alone(
         perplexity_change_ci95=found["perplexity_change_ci95"], seeds=[len(taught), len(alone)], seed_spread=spread,
         clear=clear, better=clear and high < 0,
     )
-
-# %% ../../nbs/methods/06a_distill.ipynb #6b5ac39b
-def distillation_verdict(
-    comparisons:list[dict], # from `against_alone`, with name, against and ratio; the first is judged
-    outcome:str, # SUCCESS, PARTIAL or FAILURE
-)->str:
-    "What distillation gained over training alone, in a few sentences."
-    def difference(c):
-        return f"{c['name']} {c['difference']:+.4f} [{c['difference_ci95'][0]:+.4f}, {c['difference_ci95'][1]:+.4f}]"
-    c = comparisons[0]
-    how = "better than" if c["better"] else "worse than" if c["clear"] else "not clearly different from"
-    found = [
-        f"{outcome}: {c['name']} is {c['ratio']:.2f} times smaller than its teacher and {how} itself trained alone for"
-        f" the same FLOPs: {c['bits_per_byte']:.4f} against {c['alone_bits_per_byte']:.4f} bits per byte,"
-        f" {c['difference']:+.4f} [{c['difference_ci95'][0]:+.4f}, {c['difference_ci95'][1]:+.4f}], {c['seeds'][0]}"
-        f" seeds that differ by up to {c['seed_spread']:.4f}."
-    ]
-    for word, some in (
-        ("Better than alone", [c for c in comparisons[1:] if c["better"]]),
-        ("Worse than alone", [c for c in comparisons[1:] if c["clear"] and not c["better"]]),
-        ("No clear difference", [c for c in comparisons[1:] if not c["clear"]]),
-    ):
-        if some: found.append(f"{word}: " + ", ".join(map(difference, some)) + ".")
-    return " ".join(found)

@@ -259,8 +259,8 @@ def training_stages(
     "Optimizer steps, and the validations between them."
     ids = torch.randint(vocab_size, (config.batch_size, config.seq_length), generator=torch.Generator().manual_seed(0))
     pair, steps = (ids, ids.roll(-1, 1)), config.steps(config.max_tokens)
-    every = config.steps(config.eval_every_tokens)
-    times, windows = 1 + math.ceil(steps/every), config.eval_tokens//config.seq_length
+    every, size = config.validations()
+    times, windows = 1 + math.ceil(steps/config.steps(every)), size//config.seq_length
     kept = kept_bytes(student.train(), pair)
     optimizer = torch.optim.AdamW(decay_groups(student, config.weight_decay), lr=1e-9, fused=True)
     def step():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.core import ConfigError, unknown
+from ..base.progress import track
 from ..kernels.mixer import Mixer
 from ..models.moe import MoE
 
@@ -122,7 +123,7 @@ def calibrate_activations(
     undo = tap(model, observers)
     try:
         with torch.no_grad():
-            for ids in windows.split(batch_size): model.hidden(ids)
+            for ids in track(windows.split(batch_size), "ranges of activations", unit="batch"): model.hidden(ids)
     finally:
         for back in reversed(undo): back()
     return {"bits": bits, "scales": {s: o.largest/(2**(bits - 1) - 1) for s, o in observers.items() if o.largest}}

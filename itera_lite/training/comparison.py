@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['equal_size', 'Point', 'points_of', 'seed_spread', 'paired', 'draw_model', 'comparison_figure', 'budgets_text',
-           'clear_text', 'size_of_difference', 'comparison_verdict', 'comparison_rows']
+           'clear_text', 'comparison_rows']
 
 # %% ../../nbs/training/10_comparison.ipynb #902dabb4
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ import plotly.graph_objects as go
 from ..base.core import ConfigError
 from ..base.progress import track
 from ..base.record import Row
-from ..base.show import error_bar, figure, interval, look, with_floor
+from ..base.show import error_bar, figure, look, with_floor
 from ..evaluation.scores import DocScores, bits_per_byte, bootstrap_ci
 from ..evaluation.evaluate import parameter_count
 from ..models.config import Config
-from .trials import Setting, Sweep, Trial, final_scores, mean_scores
+from .trials import Setting, Trial, final_scores, mean_scores
 
 # %% ../../nbs/training/10_comparison.ipynb #f409323b
 def equal_size(
@@ -150,40 +150,6 @@ def clear_text(
     found = [f"{model} is clearly better at {budgets_text(better)}."]*bool(better)
     found += [f"{model} is clearly worse at {budgets_text(worse)}."]*bool(worse)
     return found + [f"No clear difference at {budgets_text(unclear)}."]*bool(unclear)
-
-# %% ../../nbs/training/10_comparison.ipynb #74f7d9a8
-def size_of_difference(
-    differences:list[dict], # from `paired`, smallest budget first
-)->list[str]: # sentences
-    "Both figures at the largest budget, and how the difference went there."
-    last = differences[-1]
-    low_high = interval((last["difference_low"], last["difference_high"]), "+.4f")
-    found = [
-        f"At {last['tokens']:,} tokens: {last['bits_per_byte']:.4f} against {last['baseline_bits_per_byte']:.4f} bits"
-        f" per byte, {last['difference']:+.4f} {low_high}; seeds at the smallest budget differ by up to"
-        f" {last['seed_spread']:.4f}."
-    ]
-    way = ", ".join(f"{d['difference']:+.4f}" for d in differences)
-    return found + [f"Differences from the smallest budget to the largest: {way}."]*(len(differences) > 1)
-
-# %% ../../nbs/training/10_comparison.ipynb #28c5bf7c
-def comparison_verdict(
-    differences:list[dict], # from `paired`
-    sweeps:dict[str, Sweep],
-    size_ratio:float, # baseline's parameters / model's
-    unknown:float=0.0, # share of the test tokens that the tokenizer replaced by <unk>
-)->str:
-    "What a comparison found, in a few sentences."
-    model, baseline = differences[0]["model"], differences[0]["baseline"]
-    found = [f"{baseline} has {size_ratio:.3f} times the parameters of {model}."]
-    found += clear_text(differences) + size_of_difference(differences)
-    edges = " and ".join(f"{name} ({sweep.best:g})" for name, sweep in sweeps.items() if sweep.at_edge)
-    if edges: found.append(f"The best learning rate is at the edge of those tried for {edges}: better ones may exist.")
-    if unknown: found.append(
-        f"{unknown:.1%} of the test tokens are <unk>, whose text is not in the bits: the figures compare these two"
-        " models and nothing else."
-    )
-    return " ".join(found)
 
 # %% ../../nbs/training/10_comparison.ipynb #3922190f
 def comparison_rows(
