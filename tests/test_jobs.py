@@ -288,7 +288,7 @@ def test_line_shows_what_the_running_cell_reports(project, capsys, monkeypatch):
     assert jobs.main(["03", "smoke"]) == 0
     said = [text.removeprefix("[1/1] 03_training · ") for text in capsys.readouterr().err.splitlines()]
     assert said[:7] == [
-        "starts", "Training · cell 2 of 5", "The run · cell 4 of 5",
+        "starts", "cell 2 of 5 · Training", "cell 4 of 5 · The run",
         *(f"training {step}/3 · 1.92 bits per byte" for step in (1, 2, 3)), "rows: 2/4 [00:01<00:01]",
     ]
     displays = [out for cell in report(project).cells for out in cell.get("outputs", []) if "data" in out]

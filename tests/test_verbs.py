@@ -217,7 +217,7 @@ def test_a_short_training_reads_little_besides(place, monkeypatch):
     monkeypatch.setattr(CausalLM, "hidden", counted)
     tokens = 8 * 8 * 64
     il.compress(place / "model", "distill", recipe="hidden_size=16", text=place / "text.txt", tokens=tokens)
-    assert 2 * tokens <= sum(read) <= 2.2 * tokens
+    assert 2 * tokens <= sum(read) <= 2.5 * tokens  # student and teacher, and three validations of at least a batch
 
 
 def test_nothing_is_written_by_a_plan(place, monkeypatch):

@@ -8,7 +8,7 @@ __all__ = ['SCHEMA_VERSION', 'Positive', 'NotNegative', 'Share', 'Count', 'Inter
            'Criteria', 'RunInfo', 'DataInfo', 'Record', 'rebuild_command', 'slurm_job_id', 'NotebookRun', 'start_run']
 
 # %% ../../nbs/base/03_record.ipynb #3c027a4d
-import json, os, re, secrets, shlex, time
+import json, os, re, secrets, shlex, textwrap, time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -269,7 +269,8 @@ def read(cls:Record,
 def opening(self:Record)->str: # one line
     "Outcome and headline; of a record without headline, the beginning of its verdict."
     first = re.split(r"(?<=[^\d\s])[.;]\s", re.sub("^(SUCCESS|PARTIAL|FAILURE): ", "", self.verdict))[0]
-    text, outcome = self.headline or f"{first.rstrip('.')}.", self.criteria and self.criteria.outcome
+    old = textwrap.shorten(f"{first.rstrip('.')}.", 200, placeholder=" …")
+    text, outcome = self.headline or old, self.criteria and self.criteria.outcome
     return f"{outcome}: {text}" if outcome else text
 
 # %% ../../nbs/base/03_record.ipynb #990ce886

@@ -21,19 +21,23 @@ from .core import IteraLiteError
 from .record import INTERVAL_MARGIN, Criteria, Row
 
 # %% ../../nbs/base/04_show.ipynb #e01c17e8
+def _written(value:float, form:str)->str:
+    "A number in one form; what rounds to nothing has no minus sign."
+    return re.sub(r"^-(?=0(\.0*)?%?$)", "+" if form.startswith("+") else "", format(value, form))
+
 def number(
     value:float|None, # None: not measured
     form:str=".2f", # as in an f-string
 )->str:
     "A number in one form; a dash where there is none."
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else _written(value, form)
 
 def interval(
     bounds, # (low, high), or None
     form:str=".2f", # as in an f-string
 )->str:
     "An interval as `[low, high]`; a dash where there is none."
-    return "–" if bounds is None else f"[{bounds[0]:{form}}, {bounds[1]:{form}}]"
+    return "–" if bounds is None else f"[{_written(bounds[0], form)}, {_written(bounds[1], form)}]"
 
 def with_interval(
     value:float|None,

@@ -89,7 +89,7 @@ def cell_start(self:TruthfulManager, cell, cell_index=None, **kwargs):
     self.save()
     if cell_index == self.injected: return
     place = f"cell {self.number(cell_index)} of {self.total}"
-    self.line.say(" · ".join(filter(None, [heading(self.nb.cells, cell_index), place])))
+    self.line.say(" · ".join(filter(None, [place, heading(self.nb.cells, cell_index)])))
 
 @patch
 def cell_complete(self:TruthfulManager, cell, cell_index=None, **kwargs):
