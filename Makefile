@@ -76,7 +76,7 @@ bench: $(READY)  ## measure against the peers: tokens per second, same shapes, o
 	@$(BIN)/python -m itera_lite.app.cli bench $(ARGS)
 
 site: $(READY)  ## the report site of the published runs
-	@$(BIN)/python -m itera_lite.app.cli report papermill_runs/published/* --out papermill_runs/site
+	@$(BIN)/python -m itera_lite.app.cli report papermill_runs/published/*/ --out papermill_runs/site
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=.

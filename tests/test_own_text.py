@@ -38,7 +38,7 @@ def test_a_folder_of_text_becomes_a_model(place, mine):
     lines = [line.split(":")[0] for line in said.splitlines() if not line.startswith("  ")]
     assert lines == ["text", "model", "budget", "validation", "test", "it writes", "saved", "next"]
     assert "budget: 6,000 tokens" in said and "(as asked for)" in said
-    assert "bits per byte [" in said and "documents that it never saw" in said
+    assert "bits per byte [" in said and "documents held out" in said
     assert sorted(path.name for path in place.glob("mine*")) == ["mine", "mine.metrics.csv"]
     model = load_model(folder)
     assert model.card["corpus"] == "notes" and model.card["test_bits_per_byte"] > 0

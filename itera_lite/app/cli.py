@@ -252,7 +252,7 @@ Method = Annotated[
 Destination = option(Path, "Model folder to write.")
 Map = option(str, "Precisions: name of a map, a YAML or JSON file with pattern: precision, or such JSON itself.")
 Precision = option(str, "Of all matrices, instead of a map: int8, int4-g32, nf4 …")
-Bits = option(float, "Of a code (2 to 8); for coded and qat, of a weight on disk (3.0, 2.4 …).")
+Bits = option(float, "Bits of a code, 2 to 8; with coded and qat what a weight takes on disk, aimed at: 3.0, 2.4.")
 Calibration = option(str, "How scales are chosen: mse, percentile or max.")
 Percentile = option(float, "Of |w|, for that calibration; of activations, for that method.")
 MinCoverage = option(float, "Share of the parameters that a map must speak of.")
@@ -267,7 +267,7 @@ Recipe = option(
 )
 Student = option(str, "Named configuration of a student (distill).")
 Size = option(int, "Tokens to keep (vocabulary).")
-Tokens = option(int, "Of training (qat, distill), or of recovery (prune; without it, none).")
+Tokens = option(str, "Of training (qat, distill) or recovery (prune; without it, none), such as 500k.")
 LearningRate = option(float, "Of that training, at its peak.")
 Temperature = option(float, "Of teacher and student (distill).")
 Seed = option(int, "Of windows, of initial weights and of the order of the text.")
@@ -295,13 +295,16 @@ def written(
     folder:Path, # the model it came from
 )->str:
     "What a compressed model's folder weighs, and what it took to make it."
+    import math
+
     from itera_lite.checkpoints.folder import model_bytes
+    from itera_lite.storage.packed import tensor_shapes
     before, after = model_bytes(folder)[0], model_bytes(out)[0]
-    ratio = before / after
+    ratio, count = before / after, sum(math.prod(s) for s in tensor_shapes(small.model).values())
     return "\n".join([
         *(f"note: {n}" for n in small.notes),
         f"{out}: {after:,} bytes of configuration and weights; {folder}: {before:,}, {ratio:.2f} times as many",
-        f"ratio {ratio:.2f}, {small.seconds:.1f} s, peak memory {small.peak_rss_bytes / 1e6:,.0f} MB",
+        f"ratio {ratio:.2f}, {8*after/count:.2f} bits for each parameter, {small.seconds:.1f} s, peak memory {small.peak_rss_bytes / 1e6:,.0f} MB",
     ])
 
 # %% ../../nbs/app/01_cli.ipynb #ee43240e
@@ -335,13 +338,14 @@ def run_compression(folder:Path, out:Path, method:str, options:dict, text:str)->
     "Compress, write the folder, say what became of it, and how to measure it on a text."
     import shlex
 
+    from itera_lite.base.system import StopSignals
     from itera_lite.methods.compress import NotApplicable, compress, stored_table
     from itera_lite.storage.packed import PackedModule
     try: small = compress(folder.resolve(), method=method, **options)
     except NotApplicable as reason: return typer.echo(f"not_applicable: {reason}")
     if any(isinstance(m, PackedModule) for m in small.model.modules()):
         typer.echo(("Before the codes are coded:\n" if small.coding else "") + stored_table(small.model) + "\n")
-    small.save(out)
+    with StopSignals(grace=None): small.save(out) # the work is done and its checkpoints are gone: a stop waits
     typer.echo(written(small, out, folder))
     command = shlex.join(["itera-lite", "compare", str(folder), str(out), "--text", text])
     typer.echo(f"what it costs in quality: {command}")
@@ -367,8 +371,10 @@ def compress_command(
     itera-lite compress mine --method qat --bits 3 --text notes/ --plan
     """
     given = dict(locals())
+    from itera_lite.training.own_text import read_count
     for name in ("folder", "out", "method", "plan", "overwrite"): del given[name]
     options = {name: value for name, value in given.items() if value is not None}
+    if tokens is not None: options["tokens"] = read_count(tokens)
     check_compression(folder, out, method, options, plan, overwrite)
     if plan: plan_compression(folder, method, options)
     else: run_compression(folder, out, method, options, text or "TEXT")
@@ -378,7 +384,7 @@ Baseline = Annotated[Path, typer.Option(help="Model folder it came from.", show_
 
 @app.command("validate", short_help="Compare one smaller model with its baseline, in depth.")
 def validate_command(
-    folder: ModelFolder, baseline: Baseline, text: ScoredText = "stories", data_dir: DataFolder = "",
+    folder: ModelFolder, baseline: Baseline, text: ScoredText = None, data_dir: DataFolder = "",
     documents: Documents = 200, as_json: AsJson = False,
 ) -> None:
     """Compare a model folder with its baseline: quality, bytes, speed, memory, and how it writes.
@@ -390,7 +396,7 @@ def validate_command(
     from itera_lite.evaluation.validate import check_model_folder, validate
     check_documents(documents)
     folder, baseline = check_model_folder(folder), check_model_folder(baseline, "baseline")
-    found = validate(folder, baseline, corpus=read_corpus(text, data_dir), limit_documents=documents)
+    found = validate(folder, baseline, corpus=read_corpus(text, data_dir, folder), limit_documents=documents)
     typer.echo(found.model_dump_json(indent=2) if as_json else str(found))
 
 # %% ../../nbs/app/01_cli.ipynb #67a3cdd8
@@ -401,7 +407,7 @@ Picture = option(Path, "File for it: .html (table and figures in one page) or .p
 
 @app.command("compare", short_help="Compare smaller models with a model on the same text.")
 def compare_command(
-    model: ModelFolder, smaller: Smaller, text: ScoredText = "stories", documents: Documents = 200,
+    model: ModelFolder, smaller: Smaller, text: ScoredText = None, documents: Documents = 200,
     data_dir: DataFolder = "", out: Picture = None, as_json: AsJson = False,
 ) -> None:
     """Measure models on the same text: bytes, quality with paired intervals, speed.

@@ -112,7 +112,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model th
 # %% ../../nbs/app/00a_program.ipynb #016ff9b8
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder.", show_default=False)]
 ScoredText = Annotated[
-    str, typer.Option("--text", "--corpus", help="Text to score: a corpus, a text file, or a folder of text.")
+    str | None,
+    typer.Option("--text", "--corpus", help="Text to score: a corpus, a text file, a folder; else the model's corpus."),
 ]
 Documents = Annotated[int | None, typer.Option(help="At most so many documents of the test split.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -136,7 +136,7 @@ def plan(
 @documented("""il.evaluate("my-model", "letters.txt")""")
 def evaluate(
     model, # a model, what `il.compress` gave, or the path of a model folder
-    text="stories", # a corpus's name, a text file, or a folder of text; its test split is read
+    text=None, # a corpus, a text file, a folder of text: its test split; None: a corpus that the model was trained on
     documents:int|None=200, # of the test split, at most; None: all
     data_dir="", # folder that holds corpora by name; "": the environment variable ITERA_LITE_DATA
     baseline=None, # another model to compare with, given in any of the same ways
@@ -154,7 +154,7 @@ found.save("comparison.html")""")
 def compare(
     model, # a model, what `il.compress` gave, or the path of a model folder
     *smaller, # what is held against it, each given in any of the same ways
-    text="stories", # a corpus's name, a text file, or a folder of text; its test split is read
+    text=None, # a corpus, a text file, a folder of text: its test split; None: a corpus that the model was trained on
     documents:int|None=200, # of the test split, at most; None: all
     data_dir="", # folder that holds corpora by name; "": the environment variable ITERA_LITE_DATA
 )->Comparison: # prints itself; has rows, table(), figure(), save("x.html" or "x.png")

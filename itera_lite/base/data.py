@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EOS', 'SOURCES', 'CORPORA', 'SPLIT_FILES', 'CUT_FRACTION', 'MOST_CUT', 'STORIES_TRAIN', 'STORIES_TEST',
-           'TEXT_ENDINGS', 'FEW_DOCUMENTS', 'decoded', 'read_text', 'split_stories', 'split_articles', 'split_any',
-           'split_lines', 'Source', 'document_key', 'cut_by_hash', 'without', 'Corpus', 'documents_sha256',
-           'make_corpus', 'text_files', 'documents_of_files', 'load_corpus']
+           'TEXT_ENDINGS', 'FEW_DOCUMENTS', 'MANY_FILES', 'decoded', 'read_text', 'split_stories', 'split_articles',
+           'split_any', 'split_whole', 'split_lines', 'Source', 'document_key', 'cut_by_hash', 'without', 'Corpus',
+           'documents_sha256', 'make_corpus', 'text_files', 'documents_of_files', 'load_corpus']
 
 # %% ../../nbs/base/07_data.ipynb #7e60acc5
 import bisect, functools, hashlib, itertools, re
@@ -76,6 +76,12 @@ def split_any(
     "Documents of a text file: between `EOS`, or between blank lines where there is no `EOS`."
     blocks = text.split(EOS) if EOS in text else re.split(r"\n[ \t]*\n", text)
     return [block.strip("\n") for block in blocks if block.strip()]
+
+def split_whole(
+    text:str, # of any kind
+)->list[str]:
+    "A text file as one document, unless `EOS` says where documents end."
+    return split_any(text) if EOS in text else [text.strip("\n")] if text.strip() else []
 
 def split_lines(
     text:str, # of any kind
@@ -271,15 +277,19 @@ def text_files(
 
 # %% ../../nbs/base/07_data.ipynb #0fcefd2b
 FEW_DOCUMENTS = 25 # below, a cut of 4 % is less than one document
+MANY_FILES = 100 # from here on each is a document: no paragraph of a file is tested whose neighbours were trained on
 
 def documents_of_files(
     files:list[Path], # those without text are passed over
     limit:int|None=None, # read at most so many documents, from the top
-)->list[str]:
-    "The documents of text files, cut at line ends where `EOS` and blank lines leave too few."
+)->tuple[list[str], str]: # and what a document is
+    "The documents of text files: whole files of many, else cut at blank lines, else, where these leave too few, lines."
     def cut(split): return list(itertools.islice((d for f in files for d in split(decoded(f))), limit))
+    if len(files) >= MANY_FILES: return cut(split_whole), "a document is a file"
     documents = cut(split_any)
-    return documents if len(documents) >= FEW_DOCUMENTS else max(documents, cut(split_lines), key=len)
+    if len(documents) < FEW_DOCUMENTS and len(lines := cut(split_lines)) > len(documents):
+        return lines, "a document is a line"
+    return documents, "a document is a paragraph, or what <|endoftext|> ends"
 
 def _files(path, limit):
     "A corpus from one text file, or from a folder of them."
@@ -287,8 +297,9 @@ def _files(path, limit):
     if not whole: read_text(path) # refused where it is empty
     named = {split: [f for f in texts if whole and f.name in names] for split, names in SPLIT_FILES.items()}
     own = named["train"] and (named["test"] or named["validation"]) # a test split of its own, where file names say so
-    train = documents_of_files(named["train"] if own else texts, limit)
-    return make_corpus(path.resolve().name, "local files", train, documents_of_files(own, limit) if own else None)
+    train, what = documents_of_files(named["train"] if own else texts, limit)
+    test = documents_of_files(own, limit)[0] if own else None
+    return make_corpus(path.resolve().name, f"local files, {what}", train, test)
 
 # %% ../../nbs/base/07_data.ipynb #07ffd545
 def load_corpus(

@@ -32,6 +32,7 @@ def train_tokenizer(
     texts, # documents; train's only
     vocab_size:int, # entries, `EOS` and (word level) `<unk>` included
     kind:str="bpe", # or "word"
+    fewer:bool=False, # take what the text supports where that is less
 )->Tokenizer:
     """A tokenizer trained on text (BPE: Sennrich et al. 2016, on bytes as in GPT-2).
 
@@ -44,7 +45,7 @@ def train_tokenizer(
     t.train_from_iterator(texts, trainer)
     assert t.token_to_id(EOS) == 0
     n = t.get_vocab_size()
-    if n == vocab_size: return t
+    if n == vocab_size or fewer: return t
     raise DataError(f"vocab_size {vocab_size} is more than the text supports: at most {n} with tokenizer '{kind}';"
                     f" set vocab_size to {n} or less, or give more text")
 

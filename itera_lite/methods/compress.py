@@ -169,7 +169,7 @@ def _repr_markdown_(self:Compressed):
 # %% ../../nbs/methods/08_compress.ipynb #51a621ec
 @patch
 def evaluate(self:Compressed,
-    text="stories", # a corpus, a text file, a folder of text, or a `Corpus`; its test split is read
+    text=None, # a corpus, a text file, a folder of text, or a `Corpus`: its test split; None: that of the model
     documents:int|None=200, # at most; None: all
     data_dir="", # folder that holds corpora by name
     **settings, # what `evaluate_text` takes
@@ -181,7 +181,7 @@ def evaluate(self:Compressed,
 
 @patch
 def compare(self:Compressed,
-    text="stories", # as for `evaluate`
+    text=None, # as for `evaluate`
     documents:int|None=200, # at most; None: all
     data_dir="",
     **settings, # what `compare_folders` takes
@@ -192,7 +192,7 @@ def compare(self:Compressed,
         return compare_folders(folder, [self.folder], text, data_dir, documents, names, **settings)
 
 @patch
-def figure(self:Compressed, text="stories", documents:int|None=200, data_dir="", kind:str="size", **settings):
+def figure(self:Compressed, text=None, documents:int|None=200, data_dir="", kind:str="size", **settings):
     "The figure of `compare`: kind size or difference."
     return self.compare(text, documents, data_dir, **settings).figure(kind)
 

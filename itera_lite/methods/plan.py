@@ -418,6 +418,7 @@ class Plan:
     source_bytes: int
     stages: list[Stage] # of the work
     memory: dict = field(default_factory=dict) # what → bytes, in the order in which they come
+    peak_bytes: int = 0 # largest memory of this process once units of the work were timed
 
     @property
     def ratio(self)->float: return self.source_bytes/self.file_bytes
@@ -426,7 +427,7 @@ class Plan:
     @property
     def minutes(self)->float: return self.seconds/60
     @property
-    def memory_bytes(self)->int: return sum(self.memory.values())
+    def memory_bytes(self)->int: return max(self.peak_bytes, sum(self.memory.values()))
     @property
     def tokens(self)->int: return sum(s.tokens for s in self.stages) # that models read
 
@@ -437,12 +438,11 @@ def lines(self:Plan)->list: # of (what, text)
     size = f"about {self.file_bytes:,} bytes ({self.about})" if self.about else f"{self.file_bytes:,} bytes, exactly"
     parts = "; ".join(f"{s.what}, {s.counted}: {duration(s.seconds)}" for s in self.stages)
     memory = "; ".join(f"{what} {size/1e6:,.1f}" for what, size in self.memory.items())
-    shown = "activations are those of one step, "*("activations of a step" in self.memory)
     took = f"about {duration(self.seconds)}, estimated from units of work timed here" + (f" ({parts})" if parts else "")
     return [
         ("size", f"{size}; {self.ratio:.2f} times smaller than {self.source} ({self.source_bytes:,})"), ("time", took),
-        ("memory", f"about {self.memory_bytes/1e6:,.0f} MB ({memory}); the process is measured, {shown}the rest"
-                   " counted")]
+        ("memory", f"about {self.memory_bytes/1e6:,.0f} MB: this process came to {self.peak_bytes/1e6:,.0f} while units"
+                   f" of the work were timed; counted: {memory}")]
 
 @patch
 def __repr__(self:Plan):
@@ -468,7 +468,8 @@ def plan(
     plain = plain_model(whole)
     with torch.random.fork_rng(devices=[]):
         result, stages, memory = PLANS[method](plain, tokenizer, method_options(method) | options)
+    peak = peak_rss_bytes()
     with held(model, tokenizer) as folder: source_bytes = model_bytes(folder)[0]
     memory = {"this process so far": before} | memory
     call = call_text(method, options)
-    return Plan(call, result.file_bytes(), result.about, label(model), source_bytes, stages, memory)
+    return Plan(call, result.file_bytes(), result.about, label(model), source_bytes, stages, memory, peak)

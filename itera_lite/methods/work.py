@@ -81,6 +81,9 @@ def kept_work(
     folder = Path(own) if own else cache_dir()/"compress"/name
     try: yield folder
     except TrainingInterrupted as error: raise work_kept(error, folder) from None
+    except KeyboardInterrupt: # before or after the training
+        if not any(folder.rglob("checkpoint-*")): raise
+        raise work_kept(TrainingInterrupted("stopped by Ctrl-C"), folder) from None
     except BaseException: # whatever was not interrupted with a checkpoint has nothing to go on from
         if not own and not any(folder.rglob("checkpoint-*")): remove_work(folder)
         raise

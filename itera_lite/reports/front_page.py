@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FRONT_RUN', 'TECHNIQUES', 'GOOD_PEER', 'HOLD', 'WANTS', 'LABELS', 'ROOMS', 'best_peer', 'find_row', 'front_rows_of',
            'change', 'relative_speed', 'to_fp16', 'link', 'technique_table', 'own_options', 'took', 'wants_table',
-           'published_run', 'picture', 'picture_caption', 'opening_of', 'notebooks_page', 'results_page', 'generated',
-           'write_generated']
+           'published_run', 'picture', 'model_tokens', 'picture_caption', 'opening_of', 'notebooks_page',
+           'results_page', 'generated', 'write_generated']
 
 # %% ../../nbs/reports/05b_front_page.ipynb #060575a7
 import json, re
@@ -16,7 +16,7 @@ from ..base.core import project_root, write_atomic
 from ..base.record import Record, Row
 from ..base.show import markdown_table
 from .entries import find_entries
-from .front import fp16_record, front_points, front_svg, made_of, same_model
+from .front import NOT_MADE, fp16_record, front_points, front_svg, made_of, same_model
 from .numbers import SHOW, signed
 from .readme import readme_table, with_stored_bytes
 from .tables import SEED, front_rows, line_name, reported_rows, worst_seed
@@ -100,7 +100,11 @@ def technique_table(records:dict[str, Record])->str: # Markdown
     lines = []
     for (what, notebook, _), record, i in front_rows_of(records):
         row, asked = record.results[i], record.criteria if i in reported_rows(record) else None
-        lines.append([f"{what}: {line_name(record, i)}", SHOW["ratio"](row.ratio),
+        peer = next((p for p in record.extra.get("peers", []) if p["name"] == row.name and "share" in p), None)
+        part = f", {peer['share']:.0%} of the parameters" if peer else ""
+        held = next((r for r in record.results if r.name == record.baseline), row)
+        against = f", against {held.name}" if held.technique == "training" else ""
+        lines.append([f"{what}: {line_name(record, i)}{part}{against}", SHOW["ratio"](row.ratio),
                       to_fp16(list(records.values()), record, row), change(row),
                       relative_speed(record, row), asked.outcome if asked and asked.outcome else "–",
                       link(record, notebook)])
@@ -111,12 +115,14 @@ def technique_table(records:dict[str, Record])->str: # Markdown
 # %% ../../nbs/reports/05b_front_page.ipynb #c5f6defc
 WANTS = ( # a wish, options of `itera-lite compress`, notebook, row; what is in braces is the row's own
     ("a smaller file with the least loss", "--precision int8", "05_quantization", "int8, nearest"),
-    ("the smallest file without training", "--method coded --bits {bits} --text TEXT", "05_quantization", ""),
-    ("a smaller one, with time to train", "--method qat --bits {bits} --text TEXT --tokens {tokens}", "05b_qat", ""),
-    ("integers in activations and state too", "--method activations --text TEXT", "05c_activations",
-     "weights and activations, rotated"),
-    ("fewer weights, at any precision", "--method prune --recipe {recipe} --text TEXT --tokens {tokens}", "06_pruning",
-     ""),
+    ("a much smaller file without training", "--method coded --bits {bits} --text TEXT"
+     " --calibration-tokens {calibration}", "05_quantization", ""),
+    ("a smaller one, with time to train", "--method qat --bits {bits} --text TEXT --tokens {tokens} --learning-rate"
+     " {rate} --calibration-tokens {calibration}", "05b_qat", ""),
+    ("integers in activations and state too", "--method activations --text TEXT --calibration-tokens {calibration}",
+     "05c_activations", "weights and activations, rotated"),
+    ("fewer weights, at any precision", "--method prune --recipe {recipe} --text TEXT --tokens {tokens}"
+     " --calibration-tokens {calibration}", "06_pruning", ""),
 )
 
 def own_options(options:str, record:Record, row:Row)->str:
@@ -124,7 +130,13 @@ def own_options(options:str, record:Record, row:Row)->str:
     bits = re.search(r"([\d.]+) bits", row.name)
     recipes = [r["recipe"] for r in record.extra.get("recipes", []) if abs(r["ratio"] - row.ratio) < 1e-6]
     recipe = ",".join(f"{group}={share:g}" for group, share in recipes[0].items()) if recipes else "RECIPE"
-    return options.format(bits=bits[1] if bits else "BITS", tokens=row.train_tokens or "TOKENS", recipe=recipe)
+    used, windows = record.run.parameters, record.run.parameters.get("calibration_windows")
+    rates = [rate for _, asked, rate in used.get("recipes", []) if bits and asked == float(bits[1])] \
+        if "{rate}" in options else []
+    return options.format(
+        bits=bits[1] if bits else "BITS", tokens=row.train_tokens or "TOKENS", recipe=recipe,
+        rate=f"{rates[0]:g}" if rates else "RATE",
+        calibration=windows*used["seq_length"] if windows else "TOKENS")
 
 def took(row:Row)->str: # – where it was not timed
     "How long compressing took."
@@ -159,14 +171,23 @@ def picture(records:dict[str, Record])->str: # SVG
     labels[("05_quantization", "fp16")] = "FP16"
     return front_svg(front_points(list(records.values()), labels), "Bits per byte above FP32 against megabytes on disk")
 
+def model_tokens(record:Record, model:Row)->int|None:
+    "Tokens that a record's row of a model says it was trained on."
+    return same_model(record, model).train_tokens
+
 def picture_caption(records:dict[str, Record])->str:
     "What the picture is about, from the record that it refers to."
     reference = fp16_record(records.values())
     model = reference.row(reference.baseline)
+    shown = [r for r in records.values() if same_model(r, model)]
+    trained = [r.notebook for r in shown if any(row.train_tokens for row in r.results if row.technique not in NOT_MADE
+                                                and made_of(model, row) and row.train_tokens != model_tokens(r, model))]
+    fewer = [r.notebook for r in shown if r.data.eval_bytes != reference.data.eval_bytes]
     return (f"FP32 is a model of {model.parameters:,} parameters and {model.file_bytes/1e6:.2f} MB, at"
             f" {model.bits_per_byte:.4f} bits per byte of {reference.data.corpus}; each point is a model made of it,"
-            " by 05b and 06 with further training, on the same documents. Bytes are files on disk, of"
-            " other libraries their stored tensors.")
+            f" some with further training ({', '.join(trained) or 'none'}), against FP32 on the documents of its own run"
+            f" (fewer in {', '.join(fewer) or 'none'}). Bytes are files on disk, of other libraries their stored"
+            " tensors.")
 
 # %% ../../nbs/reports/05b_front_page.ipynb #52f75d65
 ROOMS = ("base", "kernels", "models", "storage", "checkpoints", "evaluation", "training", "runtime", "methods", "jobs",
@@ -208,7 +229,7 @@ def results_page()->str: # Markdown
 Made by `make readme` from the records in this folder; `make site` makes pages of them, with figures. Perplexity is per
 token; bits per byte compare across vocabularies. A change is against the baseline that its table names, on the same
 documents, with a 95 % bootstrap interval over documents. Of several seeds a line holds the mean, the range, and the
-interval of the worst. `tinystories` stands for a local excerpt of that corpus, `wikitext-2` for the usual files; the
+interval of the worst; where a row is one seed's, the others stand beside its figure. `tinystories` stands for a local excerpt of that corpus, `wikitext-2` for the usual files; the
 hashes of every split are in the records.
 
 {readme_table()}

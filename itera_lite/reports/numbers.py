@@ -39,7 +39,7 @@ SHOW = { # name of a format → how it writes a number
     "percent": lambda x: signed(x, 2),
     "limit": lambda x: f"{x:g}",
     "share": lambda x: f"{100*x:.2f}",
-    "duration": lambda x: f"{short(x)} s" if x < 120 else f"{x/60:.0f} min" if x < 7200 else f"{x/3600:.1f} h",
+    "duration": lambda x: "under 0.01 s" if x < 0.01 else f"{short(x)} s" if x < 120 else f"{x/60:.0f} min" if x < 7200 else f"{x/3600:.1f} h",
 }
 
 # %% ../../nbs/reports/03_numbers.ipynb #51469b84

@@ -63,8 +63,10 @@ def _one(values:dict, i:int, column:Column)->str:
     value = resolve(values, f"/results/{i}{column.field}")
     if value is None: return "–"
     bounds = resolve(values, f"/results/{i}{column.interval}") if column.interval else None
-    show = SHOW[column.show]
-    return show(value) + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else "")
+    show, seeds = SHOW[column.show], resolve(values, f"/results/{i}/seed_bits_per_byte")
+    text = show(value) + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else "")
+    if column.field != "/bits_per_byte" or len(seeds or []) < 2: return text
+    return f"{text}; {len(seeds)} seeds: mean {show(fmean(seeds))}, {show(min(seeds))} to {show(max(seeds))}"
 
 def _cell(values:dict, group:list[int], column:Column)->str:
     "One number of a line; of several seeds their mean, from where to where they go, and the worst one's interval."

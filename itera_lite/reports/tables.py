@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MOST_IN_SIGHT', 'SEED', 'MOST_LINES', 'Column', 'dash', 'interval', 'remark', 'table_cell',
-           'artifact_state', 'columns_of', 'seed_groups', 'group_name', 'line_name', 'named_rows', 'front_rows',
-           'worst_seed', 'smallest_within_limit', 'reported_rows', 'in_sight', 'seeds_cell', 'seeds_state',
-           'table_line', 'used_columns', 'results_table', 'other_tables', 'best_of_run', 'asked_sentence',
-           'criteria_sentence', 'curve_sentence', 'sentences']
+           'artifact_state', 'columns_of', 'seed_groups', 'group_name', 'one_seed', 'line_name', 'named_rows',
+           'front_rows', 'worst_seed', 'smallest_within_limit', 'reported_rows', 'in_sight', 'seeds_cell',
+           'seeds_state', 'table_line', 'used_columns', 'results_table', 'other_tables', 'best_of_run',
+           'asked_sentence', 'criteria_sentence', 'curve_sentence', 'sentences']
 
 # %% ../../nbs/reports/04_tables.ipynb #3075210e
 import re
@@ -98,6 +98,10 @@ def table_cell(
         return dash(f"{row.status.replace('_', ' ')}: {row.reason}" if row.status != "ok" else column.missing)
     parts = [number(entry, base + column.field, column.show)]
     if column.interval: parts.append(interval(entry, base + column.interval, column.show))
+    if column.field == "/bits_per_byte" and len(row.seed_bits_per_byte or []) > 1:
+        pointers = [f"{base}/seed_bits_per_byte/{k}" for k in range(len(row.seed_bits_per_byte))]
+        said = [aggregate(entry, pointers, column.show, how) for how in ("mean", "least", "most")]
+        parts.append(Markup('<small class="remark">{} seeds: mean {}, {} to {}</small>').format(len(pointers), *said))
     if remark(row, column): parts.append(Markup('<small class="remark">{}</small>').format(remark(row, column)))
     return Markup(" ").join(p for p in parts if p)
 
@@ -122,10 +126,10 @@ def artifact_state(
 def columns_of(
     record:Record,
 )->list[Column]:
-    "The columns of a table: tokens are those added where a model as it was stands without any."
+    "The columns of a table: tokens are this run's where a model as it was stands without any."
     added = any(r.technique == "none" and r.train_tokens is None for r in record.results)
     if not added or any(r.technique == "trained alone" for r in record.results): return list(COLUMNS)
-    return [replace(c, label="Training added") if c.field == "/train_tokens" else c for c in COLUMNS]
+    return [replace(c, label="Training in this run") if c.field == "/train_tokens" else c for c in COLUMNS]
 
 # %% ../../nbs/reports/04_tables.ipynb #2f0188a8
 MOST_IN_SIGHT = 12 # lines of a table
@@ -145,10 +149,17 @@ def group_name(rows:list[Row], group:list[int])->str:
     "The name of a line: of several seeds, what they share."
     return rows[group[0]].name if len(group) == 1 else SEED.sub("", rows[group[0]].name)
 
+def one_seed(row:Row)->bool:
+    "Whether a row that knows several seeds' figures states the first one's, not their mean."
+    several = row.seed_bits_per_byte or []
+    return len(several) > 1 and row.bits_per_byte == several[0] and len(set(several)) > 1
+
 def line_name(record:Record, i:int)->str: # such as "nf4, worst of 3 seeds"
     "A row's name; of one of several seeds, that it is the worst of them."
     group = next(group for group in seed_groups(record.results) if i in group)
-    return group_name(record.results, group) + (f", worst of {len(group)} seeds" if len(group) > 1 else "")
+    row, more = record.results[i], f", worst of {len(group)} seeds" if len(group) > 1 else ""
+    if one_seed(row): more = f", seed {row.seeds[0]} of {len(row.seeds)}"
+    return group_name(record.results, group) + more
 
 # %% ../../nbs/reports/04_tables.ipynb #64518242
 def named_rows(
@@ -349,6 +360,9 @@ def asked_sentence(entry:Entry)->Markup:
 def criteria_sentence(entry:Entry)->Markup:
     "What was asked for, and the smallest model that keeps the limit on quality."
     record, asked, i = entry.record, asked_sentence(entry), smallest_within_limit(entry.record)
+    if i is None and record.criteria.outcome == "SUCCESS":
+        return asked + Markup(" The outcome is judged against another row than {}: the report says which.").format(
+            record.baseline)
     if i is None: return asked + Markup(" No smaller row keeps that limit with its interval.")
     row = f"/results/{i}"
     return asked + Markup(

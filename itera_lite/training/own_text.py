@@ -242,7 +242,7 @@ def trained_lines(
         f"validation: {values[0]:.3f} {sparkline(values)} {values[-1]:.3f} bits per byte; best"
         f" {result.best_val_bpb:.3f} at step {result.best_step} of {result.steps}{early}",
         f"test: {test['bits_per_byte']:.3f} bits per byte [{low:.3f}, {high:.3f}] on {trained.test_documents} documents"
-        " that it never saw",
+        " held out",
         "it writes:", *(f"  {' '.join(sample.split())}" for sample in trained.samples),
         f"saved: {shown(folder)} ({model_bytes(folder)[0]:,} bytes of configuration and weights), its curve:"
         f" {shown(curve)}",
@@ -275,7 +275,10 @@ def prepare(
     if not vocab_size and entries < named.vocab_size:
         notes = [f"vocabulary of {entries:,} instead of {named.vocab_size:,}, an entry for each {BYTES_PER_ENTRY} bytes"
                  " of training text (--vocab-size, vocab_size, asks for another)"]
-    tokenizer = train_tokenizer(corpus.train, entries)
+    tokenizer = train_tokenizer(corpus.train, entries, fewer=not vocab_size)
+    if (found := tokenizer.get_vocab_size()) < entries:
+        notes = [f"vocabulary of {found:,} instead of {named.vocab_size:,}: the text has no more pieces that repeat"]
+        entries = found
     streams = tuple(encode_documents(tokenizer, documents) for documents in (corpus.train, corpus.validation))
     check_enough(corpus, named.max_seq_length, min(map(len, streams)))
     return OwnText(corpus, tokenizer, named_config(model, vocab_size=entries), streams, notes)
@@ -293,7 +296,7 @@ def choose_budget(
         return default_tokens(own.streams[0]), "the default; --tokens or --minutes (tokens, minutes) change it"
     pace = seconds_per_token(own.built(seed), own.streams, training_settings(own.config, DEFAULT_TOKENS))
     found = tokens_in(minutes, pace, own.config, len(own.streams[1]))
-    return found, f"what {minutes:g} minutes allow at the {1/pace:,.0f} tokens/s of the first steps"
+    return found, f"what {minutes:g} minute{'s' * (minutes != 1)} allow{'s' * (minutes == 1)} at the {1/pace:,.0f} tokens/s of the first steps"
 
 # %% ../../nbs/training/11_own_text.ipynb #42eae072
 SAMPLES, SAMPLE_TOKENS, TEST_DOCUMENTS = 3, 60, 500
