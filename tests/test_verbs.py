@@ -117,7 +117,7 @@ WRONG = {
     "no model": (lambda p: il.evaluate(3), ConfigError, "of type int"),
     "a wrong path to compare": (lambda p: il.compare(p / "model", p / "no"), CheckpointError, "no such model folder"),
     "no text": (lambda p: il.evaluate(p / "model", text="no/such.txt"), DataError, "no text at no/such.txt"),
-    "text that is nothing": (lambda p: il.evaluate(p / "model", text=None), ConfigError, "text None"),
+    "text that is nothing": (lambda p: il.evaluate(p / "model", text=" "), ConfigError, "text ' '"),
     "no document": (lambda p: il.evaluate(p / "model", documents=0), ConfigError, "documents 0"),
     "a precision as a map": (lambda p: il.compress(p / "model", map="int8"), ConfigError, "use precision=int8"),
     "a model in the way": (lambda p: il.save(il.load(p / "model"), p / "model"), ConfigError, "overwrite=True"),

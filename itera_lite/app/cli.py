@@ -304,7 +304,8 @@ def written(
     return "\n".join([
         *(f"note: {n}" for n in small.notes),
         f"{out}: {after:,} bytes of configuration and weights; {folder}: {before:,}, {ratio:.2f} times as many",
-        f"ratio {ratio:.2f}, {8*after/count:.2f} bits for each parameter, {small.seconds:.1f} s, peak memory {small.peak_rss_bytes / 1e6:,.0f} MB",
+        f"ratio {ratio:.2f}, {8*after/count:.2f} bits for each parameter, {small.seconds:.1f} s,"
+        f" peak memory {small.peak_rss_bytes / 1e6:,.0f} MB",
     ])
 
 # %% ../../nbs/app/01_cli.ipynb #ee43240e

@@ -43,7 +43,7 @@ def text_here(
 def text_of_model(
     folder, # of a model
 )->str: # a corpus's name
-    "The text that a model's card names, stories where it names none. Raises `ConfigError` for one that has no name here."
+    "The corpus that a model's card names, else stories. Raises `ConfigError` for a text that is no corpus here."
     corpus = read_card(Path(folder)).get("corpus") or "stories"
     if corpus in CORPORA: return corpus
     raise ConfigError(f"no text is named, and {folder} was trained on '{corpus}', which is no corpus of this library:"
@@ -294,7 +294,9 @@ def compare_folders(
     check_documents(documents)
     folders = [check_model_folder(folder) for folder in (model, *smaller)]
     if len(folders) < 2: raise ConfigError("nothing to compare: name the model and at least one smaller model folder")
-    corpus, began, measures = read_corpus(text, data_dir, folders[0]), time.perf_counter(), ["quality", "memory", "speed"]
+    corpus, began, measures = (
+        read_corpus(text, data_dir, folders[0]), time.perf_counter(), ["quality", "memory", "speed"],
+    )
     answers, rows, first = [], [], (None, None)
     with Progress("comparison", len(folders), "model", show=progress) as work:
         for name, folder in zip(row_names(folders, names), folders):

@@ -82,7 +82,8 @@ STYLE = f"""text {{ font: {LETTER}px {FONT}; fill: #1b1f24; }}
 .grid {{ stroke: #d5dbe1; }} .front {{ stroke: {PALETTE[0]}; fill: none; stroke-width: 2; }}
 .own {{ fill: {PALETTE[0]}; }} .named {{ fill: #1b1f24; }} .beaten {{ fill: #b4bcc4; }}
 .peer {{ fill: none; stroke: {PALETTE[1]}; stroke-width: 2; }}
-@media (prefers-color-scheme: dark) {{ text {{ fill: #e4e8ec; }} .grid {{ stroke: #303943; }} .own {{ fill: #74b8f5; }} .named {{ fill: #e4e8ec; }}
+@media (prefers-color-scheme: dark) {{ text {{ fill: #e4e8ec; }} .grid {{ stroke: #303943; }}
+.own {{ fill: #74b8f5; }} .named {{ fill: #e4e8ec; }}
 .front {{ stroke: #74b8f5; }} .beaten {{ fill: #59636e; }} .peer {{ stroke: #ff9d5c; }} }}"""
 
 class Scale:
@@ -166,7 +167,7 @@ def _legend(points:list[Point])->list[str]:
     top, half = HEIGHT - BOTTOM + 72, WIDTH//2
     far = sum(p.above > EDGE_BITS for p in points)
     parts = [f'<circle class="own" cx="22" cy="{top - 5}" r="6"/><path class="front" d="M12 {top - 5}h20"/>',
-             _text(40, top, "beaten by no smaller one, up to the edge", "start"),
+             _text(40, top, "beaten by no smaller one", "start"),
              f'<rect class="peer" x="{half + 51}" y="{top - 10}" width="10" height="10"/>',
              _text(half + 70, top, "other libraries", "start"),
              f'<circle class="beaten" cx="22" cy="{top + 21}" r="3"/>',
@@ -183,6 +184,7 @@ def front_svg(
 )->str: # SVG, the same text for the same points
     "Bits per byte above FP32 against bytes: the front joined, other libraries beside it."
     own = [p for p in points if not p.peer]
+    # what lies above the edge would squeeze the rest
     front = [own[i] for i in pareto_front([(p.bytes, p.above) for p in own]) if own[i].above <= EDGE_BITS]
     scale = Scale(points)
     parts = [*_axes(scale), *_marks(points, front, scale), *_labels(points, front, scale), *_legend(points)]

@@ -183,11 +183,13 @@ def picture_caption(records:dict[str, Record])->str:
     trained = [r.notebook for r in shown if any(row.train_tokens for row in r.results if row.technique not in NOT_MADE
                                                 and made_of(model, row) and row.train_tokens != model_tokens(r, model))]
     fewer = [r.notebook for r in shown if r.data.eval_bytes != reference.data.eval_bytes]
-    return (f"FP32 is a model of {model.parameters:,} parameters and {model.file_bytes/1e6:.2f} MB, at"
-            f" {model.bits_per_byte:.4f} bits per byte of {reference.data.corpus}; each point is a model made of it,"
-            f" some with further training ({', '.join(trained) or 'none'}), against FP32 on the documents of its own run"
-            f" (fewer in {', '.join(fewer) or 'none'}). Bytes are files on disk, of other libraries their stored"
-            " tensors.")
+    return (
+        f"FP32 is a model of {model.parameters:,} parameters and {model.file_bytes/1e6:.2f} MB, at"
+        f" {model.bits_per_byte:.4f} bits per byte of {reference.data.corpus}; each point is a model made of it,"
+        f" some with further training ({', '.join(trained) or 'none'}), against FP32 on the documents of its own run"
+        f" (fewer in {', '.join(fewer) or 'none'}). Bytes are files on disk, of other libraries their stored"
+        " tensors."
+    )
 
 # %% ../../nbs/reports/05b_front_page.ipynb #52f75d65
 ROOMS = ("base", "kernels", "models", "storage", "checkpoints", "evaluation", "training", "runtime", "methods", "jobs",
@@ -229,8 +231,8 @@ def results_page()->str: # Markdown
 Made by `make readme` from the records in this folder; `make site` makes pages of them, with figures. Perplexity is per
 token; bits per byte compare across vocabularies. A change is against the baseline that its table names, on the same
 documents, with a 95 % bootstrap interval over documents. Of several seeds a line holds the mean, the range, and the
-interval of the worst; where a row is one seed's, the others stand beside its figure. `tinystories` stands for a local excerpt of that corpus, `wikitext-2` for the usual files; the
-hashes of every split are in the records.
+interval of the worst; where a row is one seed's, the others stand beside its figure. `tinystories` stands for a local
+excerpt of that corpus, `wikitext-2` for the usual files; the hashes of every split are in the records.
 
 {readme_table()}
 """

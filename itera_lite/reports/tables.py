@@ -360,10 +360,11 @@ def asked_sentence(entry:Entry)->Markup:
 def criteria_sentence(entry:Entry)->Markup:
     "What was asked for, and the smallest model that keeps the limit on quality."
     record, asked, i = entry.record, asked_sentence(entry), smallest_within_limit(entry.record)
-    if i is None and record.criteria.outcome == "SUCCESS":
-        return asked + Markup(" The outcome is judged against another row than {}: the report says which.").format(
-            record.baseline)
-    if i is None: return asked + Markup(" No smaller row keeps that limit with its interval.")
+    if i is None:
+        judged = ": the outcome was judged by another comparison, which the report names"
+        other = judged*(record.criteria.outcome == "SUCCESS")
+        return asked + Markup(" No smaller row keeps that limit with its interval against {}{}.").format(
+            record.baseline, other)
     row = f"/results/{i}"
     return asked + Markup(
         " The smallest row that keeps the limit is <b>{}</b>: {} smaller than {}, perplexity {} % {}."

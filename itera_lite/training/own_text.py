@@ -296,7 +296,8 @@ def choose_budget(
         return default_tokens(own.streams[0]), "the default; --tokens or --minutes (tokens, minutes) change it"
     pace = seconds_per_token(own.built(seed), own.streams, training_settings(own.config, DEFAULT_TOKENS))
     found = tokens_in(minutes, pace, own.config, len(own.streams[1]))
-    return found, f"what {minutes:g} minute{'s' * (minutes != 1)} allow{'s' * (minutes == 1)} at the {1/pace:,.0f} tokens/s of the first steps"
+    many = "minute allows" if minutes == 1 else "minutes allow"
+    return found, f"what {minutes:g} {many} at the {1/pace:,.0f} tokens/s of the first steps"
 
 # %% ../../nbs/training/11_own_text.ipynb #42eae072
 SAMPLES, SAMPLE_TOKENS, TEST_DOCUMENTS = 3, 60, 500
