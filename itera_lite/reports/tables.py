@@ -283,7 +283,7 @@ def results_table(
                 unused=unused)
 
 # %% ../../nbs/reports/04_tables.ipynb #5d231710
-MOST_LINES = 60 # of a table of other values # of a table of other values
+MOST_LINES = 60 # of a table of other values
 
 def _value(entry:Entry, pointer:str)->Markup: # what one cell shows
     "A plain value of the record; numbers carry their address."
