@@ -62,8 +62,9 @@ def rounded(self:Writer,
 @patch
 def product(self:Writer, x:str, name:str, bias:str="")->str:
     "x · matrixᵀ + bias, by names of tensors."
-    bias = bias and self.vector(bias)
-    return self.graph.product(x, name, self.operand(name), bias, self.accuracy_level)
+    # a router's last bit decides between experts, and its few rows cost nothing
+    level = 0 if name.endswith("router.gate.weight") else self.accuracy_level
+    return self.graph.product(x, name, self.operand(name), bias and self.vector(bias), level)
 
 @patch
 def linear(self:Writer, x:str, path:str, layer:nn.Linear|None=None)->str:
