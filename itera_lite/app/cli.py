@@ -7,9 +7,9 @@ __all__ = ['Preset', 'Notebooks', 'RunName', 'RunFolder', 'Parameters', 'LogOutp
            'Bits', 'Calibration', 'Percentile', 'MinCoverage', 'Text', 'TextFolder', 'CalibrationTokens', 'Recipe',
            'Student', 'Size', 'Tokens', 'LearningRate', 'Temperature', 'Seed', 'Work', 'Planned', 'Baseline', 'Smaller',
            'Picture', 'print_json', 'doctor_command', 'models_command', 'train_command', 'run_folder', 'write_report',
-           'run_command', 'report_command', 'read_tokenizer', 'generate_command', 'inspect_command', 'convert_command',
-           'check_map', 'written', 'check_compression', 'plan_compression', 'run_compression', 'compress_command',
-           'validate_command', 'compare_command', 'bench_command']
+           'run_command', 'report_command', 'inspect_command', 'convert_command', 'check_map', 'written',
+           'check_compression', 'plan_compression', 'run_compression', 'compress_command', 'validate_command',
+           'compare_command', 'bench_command']
 
 # %% ../../nbs/app/01_cli.ipynb #c78f509c
 import json
@@ -20,7 +20,7 @@ import typer
 
 from itera_lite.app.program import (
     AsJson, Budget, DataFolder, Documents, Minutes, ModelFolder, NamedModel, Overwrite, ScoredText, TrainedFolder,
-    TrainingText, VocabSize, WeightSeed, app, main, option, settings, token_ids,
+    TrainingText, VocabSize, WeightSeed, app, main, option, settings,
 )
 from .program import users_mistake # noqa: F401 - for those who run commands in their own process
 
@@ -153,58 +153,9 @@ def report_command(
     "Make the report of executed notebooks: pages that work offline."
     write_report(folders, out)
 
-# %% ../../nbs/app/01_cli.ipynb #116f8c5d
-def read_tokenizer(
-    folder:Path, # model folder
-    file:Path|None, # tokenizer.json to use instead of the folder's
-):
-    "The tokenizer to use with a model folder. Raises ConfigError where there is none."
-    from itera_lite.base.core import ConfigError
-    from itera_lite.checkpoints.folder import load_tokenizer
-    if file is not None:
-        from tokenizers import Tokenizer
-        try: return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except OSError: raise
-        except Exception as error: # tokenizers raises nothing narrower
-            raise ConfigError(f"{file} is not a tokenizer.json: {error}") from None
-    found = load_tokenizer(folder)
-    if found is None:
-        raise ConfigError(f"{folder} has no tokenizer.json: give --ids 1,2,3, or name one with --tokenizer")
-    return found
-
-# %% ../../nbs/app/01_cli.ipynb #d470f2d3
-@app.command("generate", short_help="Continue a text with a model of any precision.")
-def generate_command(
-    folder:ModelFolder,
-    prompt:Annotated[str|None, typer.Option(help="Text to continue; may be empty.")]=None,
-    ids:Annotated[str|None, typer.Option(help="Token ids to continue, such as 1,2,3; ids are printed.")]=None,
-    tokenizer:Annotated[Path|None, typer.Option(help="tokenizer.json, where the folder has none.")]=None,
-    max_new_tokens:Annotated[int, typer.Option(help="At most so many; a text may end before.")]=64,
-    temperature:Annotated[float, typer.Option(help="0: always the most likely token.")]=1.0,
-    top_k:Annotated[int|None, typer.Option(help="Choose among the k most likely tokens.")]=None,
-    top_p:Annotated[float|None, typer.Option(help="Choose among the fewest tokens whose probability reaches p.")]=None,
-    seed:Annotated[int|None, typer.Option(help="The same text each time.")]=None,
-)->None:
-    """Continue a text, or a list of token ids, with a model of any precision.
-
-    \b
-    itera-lite generate mine --prompt "Once upon a time"
-    itera-lite generate mine --prompt "" --temperature 0.7 --top-p 0.95 --seed 1
-    """
-    from itera_lite.base.core import ConfigError
-    if (prompt is None) == (ids is None): raise ConfigError("give either --prompt TEXT or --ids 1,2,3")
-    import torch
-
-    from itera_lite.checkpoints.folder import load_model
-    from itera_lite.evaluation.validate import check_model_folder
-    from itera_lite.models.generation import generate, generate_text
-    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    model = load_model(check_model_folder(folder, text=False))
-    if ids is None: return typer.echo(generate_text(model, read_tokenizer(folder, tokenizer), prompt, **sampling))
-    start = torch.tensor(token_ids(ids, model.config.vocab_size))
-    typer.echo(",".join(map(str, generate(model, start, **sampling)[0].tolist())))
-
 # %% ../../nbs/app/01_cli.ipynb #5e2aeb35
+from . import running # noqa: E402, F401 - its commands stand here in the list
+
 @app.command("inspect", short_help="Say what a checkpoint holds and could become.")
 def inspect_command(
     source: Annotated[

@@ -8,6 +8,7 @@ __all__ = ['filter_logits', 'next_token', 'stream', 'generate', 'RowProducts', '
 # %% ../../nbs/models/04_generation.ipynb #f53ee186
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,7 @@ def generate_text(
     "Continue a text."
     begin = tokenizer.token_to_id("<|endoftext|>")
     ids = ([] if begin is None else [begin]) + tokenizer.encode(prompt, add_special_tokens=False).ids
-    ids = torch.tensor(ids, device=model.embedding.weight.device)
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+    ids = torch.tensor(ids, device=device)
     stop_token = None if stop is None else tokenizer.token_to_id(stop)
     return tokenizer.decode(generate(model, ids, max_new_tokens, stop_token=stop_token, **sampling)[0].tolist())

@@ -215,13 +215,13 @@ def export_model(
 
 # %% ../../nbs/runtime/04b_export.ipynb #4ad2881d
 def _compared(model:nn.Module, path:Path, facts:dict, tokens:int)->Parity:
-    "A written graph against the torch model."
-    graph = load_onnx(path)
+    "A written graph against the torch model; its weights are decoded once, not at each use."
+    graph, reference = load_onnx(path), model if facts["activations"] else unpack_model(model)
     if not facts["accuracy_level"] or set(facts["stored"]) <= {"fp32", "fp16", "bf16"}:
-        return parity(model, graph, graph, tokens)
+        return parity(reference, graph, graph, tokens)
     with tempfile.TemporaryDirectory(prefix=".exact.", dir=path.parent.parent) as part:
         write_graph(Writer(model, 0).write().model({}), facts, Path(part)/"exact.onnx", "exact.onnx")
-        return parity(model, graph, load_onnx(Path(part)/"exact.onnx"), tokens)
+        return parity(reference, graph, load_onnx(Path(part)/"exact.onnx"), tokens)
 
 def export_folder(
     folder, # of a model
