@@ -154,7 +154,7 @@ def report_command(
     write_report(folders, out)
 
 # %% ../../nbs/app/01_cli.ipynb #5e2aeb35
-from . import running # noqa: E402, F401 - its commands stand here in the list
+from .running import read_tokenizer # its commands stand here in the list
 
 @app.command("inspect", short_help="Say what a checkpoint holds and could become.")
 def inspect_command(

@@ -6,8 +6,6 @@
 __all__ = ['OWN_TOKENS_FROM', 'Writer', 'has_bias', 'beside']
 
 # %% ../../nbs/runtime/03_blocks.ipynb #f39a5553
-import math
-
 import numpy as np
 from fastcore.basics import patch
 from onnx import TensorProto, helper
@@ -17,7 +15,7 @@ from ..checkpoints.weights import packed_tensors
 from ..kernels.mixer import Mixer, hadamard_matrix
 from ..models.model import Attention
 from ..models.moe import FFN, MoE
-from .graph import OPSET, Graph
+from .graph import Graph
 from .operands import Operand, operand
 from ..storage.formats import decode
 

@@ -16,7 +16,9 @@ import onnx, onnxruntime, torch
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 from torch import nn
 
-from ..base.core import CheckpointError, ConfigError, Strict, cache_dir, portable_path, sha256_file, sha256_text
+from itera_lite.base.core import (
+    CheckpointError, ConfigError, Strict, cache_dir, portable_path, sha256_file, sha256_text,
+)
 from ..base.progress import Progress
 from ..checkpoints.folder import load_model
 from ..checkpoints.weights import weights_sha256
@@ -60,8 +62,8 @@ def graph_facts(model:nn.Module, source_sha256:str, accuracy_level:int, rounded_
     for n, p in precisions.items(): share[p] += math.prod(shapes[n])
     return dict(
         architecture=model.config.model_dump(mode="json"), weights_sha256=source_sha256,
-        stored=dict(share.most_common()), accuracy_level=accuracy_level, requantised=rounded_again, activations=bool(getattr(model, "activations", None)),
-        parameters=sum(share.values()), weight_bytes=storage_bytes(model), data=None)
+        stored=dict(share.most_common()), accuracy_level=accuracy_level, requantised=rounded_again,
+        activations=bool(getattr(model, "activations", None)), parameters=sum(share.values()), weight_bytes=storage_bytes(model), data=None)
 
 def write_graph(
     model:onnx.ModelProto,

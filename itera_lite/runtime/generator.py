@@ -195,6 +195,7 @@ def _owner(self:OnnxModel, batch:int)->Owner:
     pool = self._pools[batch]
     return Owner(pool, pool.pop() if pool else Buffers(self.shapes, batch))
 
+# %% ../../nbs/runtime/04_generator.ipynb #07be8d64
 @patch
 def _check_positions(self:OnnxModel, end:int):
     "Raises `ConfigError` for more positions than the model learned."

@@ -6,12 +6,12 @@
 __all__ = ['OPSET', 'MICROSOFT', 'Graph']
 
 # %% ../../nbs/runtime/02_graph.ipynb #13e97da7
-from contextlib import contextmanager
-
 import numpy as np
+from fastcore.basics import patch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from .operands import Operand
+from ..storage.formats import normal_quantiles
 
 # %% ../../nbs/runtime/02_graph.ipynb #fedf7d96
 OPSET, MICROSOFT = 24, "com.microsoft"
@@ -45,8 +45,6 @@ class Graph:
         return self.op(kind, *inputs, domain=MICROSOFT, **settings)
 
 # %% ../../nbs/runtime/02_graph.ipynb #48e4eed2
-from fastcore.basics import patch
-
 @patch
 def constant(self:Graph,
     name:str,
@@ -152,7 +150,7 @@ def product(self:Graph,
 @patch
 def _nf4_rows(self:Graph, ids:str, name:str, o:Operand)->str:
     "Rows of an NF4 matrix: two codes to a byte, the first in the high bits."
-    (rows, width), values = o.shape, [*self._nf4_values]
+    (rows, width), values = o.shape, normal_quantiles()
     codes, scales = self._constants(name, o)
     octets = self.op("Gather", self.op("Reshape", codes, self.ints(rows, -1)), ids)              # (…,K/2)
     pairs = self.op("BitShift", self.op("Unsqueeze", octets, self.ints(-1)),
@@ -166,10 +164,6 @@ def _nf4_rows(self:Graph, ids:str, name:str, o:Operand)->str:
     return self.op("Reshape", self.op("Mul", numbers, self.op("Gather", of_row, at)), self.ints(0, 0, -1))
 
 # %% ../../nbs/runtime/02_graph.ipynb #9df5a3a8
-from ..storage.formats import normal_quantiles
-
-Graph._nf4_values = normal_quantiles()
-
 @patch
 def rows(self:Graph,
     ids:str, # (B,L) whole numbers

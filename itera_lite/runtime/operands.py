@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import ml_dtypes, numpy as np, torch
 
-from ..storage.formats import Packed, decode, get_format
+from ..storage.formats import Packed, get_format
 
 # %% ../../nbs/runtime/01_operands.ipynb #2610c78a
 def whole_numbers(
