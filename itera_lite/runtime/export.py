@@ -63,7 +63,8 @@ def graph_facts(model:nn.Module, source_sha256:str, accuracy_level:int, rounded_
     return dict(
         architecture=model.config.model_dump(mode="json"), weights_sha256=source_sha256,
         stored=dict(share.most_common()), accuracy_level=accuracy_level, requantised=rounded_again,
-        activations=bool(getattr(model, "activations", None)), parameters=sum(share.values()), weight_bytes=storage_bytes(model), data=None)
+        activations=bool(getattr(model, "activations", None)), parameters=sum(share.values()),
+        weight_bytes=storage_bytes(model), data=None)
 
 def write_graph(
     model:onnx.ModelProto,
