@@ -4,12 +4,14 @@
     il.compress(model)       a smaller one, by nine methods       il.plan(model, method)    what that would take
     il.evaluate(model)       bits per byte on held-out text       il.compare(model, small)  both, on the same text
     il.generate(model, "…")  a continuation                       il.save(model, folder)    a model folder
+    il.export(model, file)   a graph for ONNX Runtime
 
-Rooms: base, kernels, models, storage, checkpoints, evaluation, training, methods, jobs, reports, bench, app.
+Rooms: base, kernels, models, storage, checkpoints, evaluation, training, runtime, methods, jobs, reports, bench,
+app.
 """
 
 __version__ = "0.1.0"
-__all__ = ["load", "train", "compress", "plan", "evaluate", "compare", "save", "generate"]
+__all__ = ["load", "train", "compress", "plan", "evaluate", "compare", "save", "export", "generate"]
 
 
 def __getattr__(name):

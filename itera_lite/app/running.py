@@ -15,8 +15,8 @@ import typer
 from .program import AsJson, ModelFolder, Overwrite, app, option, token_ids
 
 # %% ../../nbs/app/00b_running.ipynb #a765e57a
-BACKENDS = ("torch", "onnx")
-Backend = Annotated[str, typer.Option(help="What computes: torch, or onnx (ONNX Runtime, on the folder's own codes).")]
+BACKENDS = ("torch", "onnx", "compiled")
+Backend = Annotated[str, typer.Option(help="What computes: torch; onnx, on the folder's own codes; compiled, by g++.")]
 
 def check_backend(name:str):
     "Raises ConfigError for a backend that does not exist."
@@ -24,10 +24,12 @@ def check_backend(name:str):
     if name not in BACKENDS: raise unknown("backend", name, BACKENDS)
 
 def load_with(backend:str, folder:Path):
-    "A model folder behind a backend; its graph is made once and kept in the cache."
-    if backend == "torch":
-        from itera_lite.checkpoints.folder import load_model
-        return load_model(folder)
+    "A model folder behind a backend; what it needs is made once and kept in the cache."
+    from itera_lite.checkpoints.folder import load_model
+    if backend == "torch": return load_model(folder)
+    if backend == "compiled":
+        from itera_lite.runtime.compiled import compiled_step
+        return compiled_step(load_model(folder))
     from itera_lite.runtime.export import cached_graph
     from itera_lite.runtime.generator import load_onnx
     return load_onnx(cached_graph(folder))
