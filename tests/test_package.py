@@ -65,7 +65,8 @@ def test_program_refuses_an_altered_file_in_one_line(bare, folder, tmp_path):
     content[len(content) // 2] ^= 1
     graph.write_bytes(content)
     done = run(bare, tmp_path / "package" / "generate.py", "Once", "2")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "model.onnx is missing or was altered" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "model.onnx is missing or was altered" in done.stderr
 
 
 def test_sampling_is_repeatable(folder, tmp_path):
