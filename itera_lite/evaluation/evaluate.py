@@ -61,12 +61,13 @@ class EvaluationRequest(Strict):
 
 # %% ../../nbs/evaluation/04_evaluate.ipynb #da07f9c9
 def make_request(
-    **values, # fields of `EvaluationRequest`
+    kind:type=EvaluationRequest, # or a class that adds fields to it
+    **values, # fields of that class
 )->EvaluationRequest:
     "A checked request. Raises `ConfigError` in one line for a setting that does not exist or cannot be."
-    wrong = set(values) - set(EvaluationRequest.model_fields)
-    if wrong: raise unknown("evaluation setting", sorted(wrong)[0], EvaluationRequest.model_fields)
-    try: request = EvaluationRequest.model_validate(values)
+    wrong = set(values) - set(kind.model_fields)
+    if wrong: raise unknown("evaluation setting", sorted(wrong)[0], kind.model_fields)
+    try: request = kind.model_validate(values)
     except ValidationError as e: raise ConfigError(f"evaluation setting {first_problem(e)}") from None
     for probe in request.probes:
         if probe not in PROBES: raise unknown("probe", probe, PROBES)
@@ -170,14 +171,17 @@ def answer_request(request:EvaluationRequest)->dict:
 # %% ../../nbs/evaluation/04_evaluate.ipynb #0c4ccc21
 def main(
     arguments:list[str]|None=None, # paths of request and answer; None: the command line's
+    kind:type=EvaluationRequest, # class of the request
+    answer=answer_request, # what answers it
+    module:str="itera_lite.evaluation.evaluate", # that runs
 )->int: # exit status
-    "`python -m itera_lite.evaluation.evaluate REQUEST.json ANSWER.json`: the fresh process."
+    "`python -m MODULE REQUEST.json ANSWER.json`: the fresh process."
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2:
-        print("usage: python -m itera_lite.evaluation.evaluate REQUEST.json ANSWER.json", file=sys.stderr)
+        print(f"usage: python -m {module} REQUEST.json ANSWER.json", file=sys.stderr)
         return 2
     try:
-        write_json(arguments[1], answer_request(make_request(**json.loads(Path(arguments[0]).read_text()))))
+        write_json(arguments[1], answer(make_request(kind, **json.loads(Path(arguments[0]).read_text()))))
         return 0
     except Exception as error: # whatever it is, it goes back to the one who asked
         line = str(error) if isinstance(error, IteraLiteError) else f"{type(error).__name__}: {error}".splitlines()[0]
@@ -205,6 +209,7 @@ def ask(
     request:EvaluationRequest,
     timeout:float|None=None, # seconds after which the process is given up
     progress:bool=True, # show how far it is
+    module:str="itera_lite.evaluation.evaluate", # whose `main` the process runs
 )->dict:
     "Have a request answered by a new process. Raises `EvaluationError` where it does not."
     package = Path(importlib.util.find_spec("itera_lite").origin).parent.parent
@@ -212,7 +217,7 @@ def ask(
     with tempfile.TemporaryDirectory(prefix="itera-lite-") as folder:
         question, reply = Path(folder)/"request.json", Path(folder)/"answer.json"
         write_json(question, request.model_dump())
-        command = [sys.executable, "-m", "itera_lite.evaluation.evaluate", str(question), str(reply)]
+        command = [sys.executable, "-m", module, str(question), str(reply)]
         try:
             with Progress(f"evaluation of {Path(request.folder).name}", None, show=progress):
                 process = run_shown(command, timeout, {**os.environ, "PYTHONPATH": paths}, progress)
