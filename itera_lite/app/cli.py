@@ -383,12 +383,21 @@ def bench_command(
     threads:Annotated[int, typer.Option(help="Threads of torch.")]=2,
     compiled:Annotated[bool, typer.Option(help="Measure torch.compile too.")]=True,
     peers:Annotated[bool, typer.Option(help="Measure Hugging Face's models and other libraries' quantisers too.")]=True,
+    only:Annotated[str|None, typer.Option(help="Measure one part: speeds, compression or runtime.")]=None,
 )->None:
-    "Measure speeds against the peers, and what compressing costs, in one process."
-    from itera_lite.bench.bench import main as bench_speeds
+    "Measure speeds against the peers, what compressing costs, and compressed models as they run, in one process."
+    from itera_lite.base.core import unknown
+    from itera_lite.bench.bench import bench, publish
     from itera_lite.bench.compression import bench_compression
-    compression = bench_compression(model, rounds=rounds, threads=threads, with_peers=peers)
-    bench_speeds(out, compression, model=model, rounds=rounds, threads=threads, compiled=compiled, with_peers=peers)
+    from itera_lite.bench.runtime import asked_table, bench_runtime
+    common = dict(rounds=rounds, threads=threads, with_peers=peers)
+    parts = {"speeds": lambda: bench(model, compiled=compiled, **common),
+             "compression": lambda: bench_compression(model, **common),
+             "runtime": lambda: bench_runtime(compiled=compiled, **common)}
+    if only not in (None, *parts): raise unknown("part of the bench", only, parts)
+    found = {name: part() for name, part in parts.items() if only in (None, name)}
+    publish(list(found.values()), out)
+    if "runtime" in found: typer.echo(f"\n{asked_table(found['runtime']['ratios'])}")
 
 # %% ../../nbs/app/01_cli.ipynb #d6571ff9
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['Side', 'time_sides', 'ratio', 'spread', 'best', 'train_step', 'own_training', 'require_transformers', 'hf_gpt2',
            'hf_shape', 'hf_mamba', 'hf_mamba2', 'as_mamba', 'peer_training', 'own_decoding', 'peer_decoding',
            'decoding_at', 'matrix_product', 'matmul_flops', 'bench_training', 'bench_kernels', 'bench_length',
-           'bench_decoding', 'bench_result', 'bench', 'rate_cells', 'bench_table', 'main']
+           'bench_decoding', 'bench_result', 'bench', 'rate_cells', 'bench_table', 'publish']
 
 # %% ../../nbs/bench/01_bench.ipynb #d1e46cc5
 import importlib.util, statistics
@@ -322,14 +322,14 @@ def bench_table(
     return "\n\n".join(tables)
 
 # %% ../../nbs/bench/01_bench.ipynb #8455bc4a
-def main(
+def publish(
+    parts:list[dict], # results of `bench` and of others of its form
     out:str|None=None, # JSON file; None: papermill_runs/bench.json
-    more:dict|None=None, # what another notebook measured, in the same form
-    **settings, # what `bench` takes
 )->Path: # of the JSON
-    "Run `bench`, print its table, write its JSON."
-    result = bench(**settings)
-    for key in ("ratios", "rates", "units"): result[key] = result.get(key, {}) | (more or {}).get(key, {})
+    "Results as one: print its tables, write its JSON."
+    result = dict(parts[0])
+    for part in parts[1:]:
+        for key in ("ratios", "rates", "units"): result[key] = result.get(key, {}) | part.get(key, {})
     print(bench_table(result))
     path = Path(out) if out else runs_dir()/"bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
