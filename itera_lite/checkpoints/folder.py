@@ -240,6 +240,15 @@ def _as_stored(config:FolderConfig, model:nn.Module, path:Path)->tuple: # name â
     if cover.unmatched: raise CheckpointError(f"{path}: no precision for tensor '{cover.unmatched[0]}'")
     return cover.shapes, {n: config.precision[rule] for n, rule in cover.rules.items()}
 
+# %% ../../nbs/checkpoints/01_folder.ipynb #630daf27
+def _unfilled(architecture)->nn.Module: # a model's configuration
+    "A model whose weights are not drawn but left as they lie: memory that nobody wrote to takes no room."
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): # loading must not advance anyone's random numbers
+        model = build_model(architecture)
+    model.to_empty(device="cpu")
+    for statistic in model.buffers(): statistic.zero_()
+    return model
+
 # %% ../../nbs/checkpoints/01_folder.ipynb #24452b1e
 def load_model(
     folder, # that `save_model` wrote
@@ -247,8 +256,7 @@ def load_model(
 )->nn.Module: # in eval mode, packed as it was saved
     "Load a model folder. Raises `CheckpointError` for whatever is missing, damaged, foreign or contradictory."
     config, path = read_config(folder), Path(folder)/"config.json"
-    with _blamed_on(path), torch.random.fork_rng(devices=[]): # loading must not advance anyone's random numbers
-        model = build_model(config_from_dict(config.architecture))
+    with _blamed_on(path): model = _unfilled(config_from_dict(config.architecture))
     shapes, precisions = _as_stored(config, model, path)
     stored, parameters = read_packed(folder, config, shapes, precisions), dict(model.named_parameters())
     for name, p in stored.items():
