@@ -121,7 +121,7 @@ def package_command(
     folder:ModelFolder, out:PackageFolder=None, precision:Rounded=None, accuracy_level:Level=4,
     overwrite:Overwrite=False, as_json:AsJson=False,
 )->None:
-    """Write a folder and a .tar with graph, tokenizer, card and a program that needs only onnxruntime, tokenizers, numpy.
+    """Write a folder and a .tar: graph, tokenizer, card, and a program that needs onnxruntime, tokenizers and numpy.
 
     \b
     itera-lite package small

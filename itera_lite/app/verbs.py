@@ -175,5 +175,6 @@ def export(
     overwrite:bool=False, # replace a graph that is there
 )->Exported: # prints itself; has path, bytes, parity
     "A graph for ONNX Runtime, compared with the torch model. Raises ConfigError or CheckpointError, in one line."
-    if Path(out).exists() and not overwrite: raise ConfigError(f"{out} exists: name another file, or say overwrite=True")
+    there = Path(out).exists() and not overwrite
+    if there: raise ConfigError(f"{out} exists: name another file, or say overwrite=True")
     with held(model) as folder: return export_folder(folder, out, precision=precision, accuracy_level=accuracy_level)
