@@ -154,7 +154,7 @@ def report_command(
     write_report(folders, out)
 
 # %% ../../nbs/app/01_cli.ipynb #5e2aeb35
-from .running import read_tokenizer # its commands stand here in the list
+from .running import Backend, read_tokenizer # its commands stand here in the list
 
 @app.command("inspect", short_help="Say what a checkpoint holds and could become.")
 def inspect_command(
@@ -337,18 +337,23 @@ Baseline = Annotated[Path, typer.Option(help="Model folder it came from.", show_
 @app.command("validate", short_help="Compare one smaller model with its baseline, in depth.")
 def validate_command(
     folder: ModelFolder, baseline: Baseline, text: ScoredText = None, data_dir: DataFolder = "",
-    documents: Documents = 200, as_json: AsJson = False,
+    documents: Documents = 200, backend: Backend = "torch", as_json: AsJson = False,
 ) -> None:
     """Compare a model folder with its baseline: quality, bytes, speed, memory, and how it writes.
 
     \b
     itera-lite validate small --baseline mine --text notes/
+    itera-lite validate small --baseline mine --backend onnx
     """
+    from itera_lite.app.running import check_backend
     from itera_lite.evaluation.compare import check_documents, read_corpus
-    from itera_lite.evaluation.validate import check_model_folder, validate
+    from itera_lite.evaluation.validate import check_model_folder
+    from itera_lite.runtime.validate import validate_through
+    check_backend(backend)
     check_documents(documents)
     folder, baseline = check_model_folder(folder), check_model_folder(baseline, "baseline")
-    found = validate(folder, baseline, corpus=read_corpus(text, data_dir, folder), limit_documents=documents)
+    corpus = read_corpus(text, data_dir, folder)
+    found = validate_through(backend, folder, baseline, corpus=corpus, limit_documents=documents)
     typer.echo(found.model_dump_json(indent=2) if as_json else str(found))
 
 # %% ../../nbs/app/01_cli.ipynb #67a3cdd8

@@ -91,8 +91,9 @@ def storage_name(model:nn.Module)->str:
     return "+".join(sorted(share, key=lambda p: -share[p]))
 
 # %% ../../nbs/evaluation/04_evaluate.ipynb #f035dc8c
-def embedding_cosine(model:nn.Module, baseline:nn.Module)->dict|None: # mean, p05, min; None where widths differ
+def embedding_cosine(model:nn.Module, baseline:nn.Module)->dict|None: # mean, p05, min; None: not alike, or not shown
     "Cosine of each token's embedding in both models: mean, 5th percentile and minimum."
+    if not hasattr(model, "embedding"): return None # a backend that keeps its weights to itself
     a, b = (m.embedding.weight.detach().float().cpu() for m in (model, baseline))
     if a.shape != b.shape: return None
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)

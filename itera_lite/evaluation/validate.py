@@ -96,7 +96,7 @@ class ValidationReport(Strict):
     comparison: str|None = None # why KL is missing, if it is
     cloze: dict[str, dict] # model and baseline, and the paired difference
     samples: dict[str, dict]
-    noise: dict[str, dict]
+    noise: dict[str, dict]|None = None # null where a backend lets no noise in
 
     def __str__(self): return validation_text(self)
 
@@ -109,7 +109,7 @@ def validation_report(
     "The report that two answers give."
     rows = [row_from_folder(name, technique, a["folder"], baseline=b, answer=a, bootstrap_samples=bootstrap_samples)
             for name, technique, a in (("model", "validated", m), ("baseline", "none", b))]
-    both = {name: {"model": m[name], "baseline": b[name]} for name in BEHAVIOUR}
+    both = {name: {"model": m[name], "baseline": b[name]} for name in BEHAVIOUR if name in m and name in b}
     both["cloze"]["paired"] = paired_accuracy(m["cloze"]["correct"], b["cloze"]["correct"], bootstrap_samples, 0)
     return ValidationReport(
         corpus=corpus, documents=len(m["scores"]["bytes"]), model=rows[0], baseline=rows[1],
@@ -161,11 +161,12 @@ def _measured(report:ValidationReport)->list:
 # %% ../../nbs/evaluation/05_validate.ipynb #26a69d79
 def _behaviour(report:ValidationReport)->list:
     "Lines about the probes."
-    (cm, cb), (sm, sb), (nm, nb) = ((p["model"], p["baseline"]) for p in (report.cloze, report.samples, report.noise))
+    (cm, cb), (sm, sb) = ((p["model"], p["baseline"]) for p in (report.cloze, report.samples))
     paired = report.cloze["paired"]
     note = f"chance {cm['chance']:.2f}, {cm['items']} items, difference "
     note += with_interval(paired["difference"], paired["ci95"], "+.3f")
-    flips = [(x["sigma"], (x["top1_flips"], y["top1_flips"])) for x, y in zip(nm["levels"], nb["levels"])]
+    levels = [report.noise[side]["levels"] for side in ("model", "baseline")] if report.noise else ([], [])
+    flips = [(x["sigma"], (x["top1_flips"], y["top1_flips"])) for x, y in zip(*levels)]
     return [
         _line("cloze accuracy", (cm["accuracy"], cb["accuracy"]), ".3f", note),
         _line("repeated 4-grams", (sm["repetition_4"], sb["repetition_4"]), ".3f"),

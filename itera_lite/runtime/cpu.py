@@ -6,8 +6,8 @@
 __all__ = ['PROFILES', 'MODULE', 'BACKENDS', 'LONG_PROMPT', 'SHORT_PROMPT', 'LEAST_STEPS', 'profile_cores', 'pinned',
            'CpuRequest', 'is_plain', 'Backend', 'backend_named', 'prompt_tokens', 'decode_times', 'serving_cost',
            'share_read', 'folder_read_bytes', 'graph_read_bytes', 'graph_bytes', 'Stepwise', 'parity_with_torch',
-           'folder_facts', 'answer_cpu', 'graph_for', 'measure_cpu', 'energy_of', 'cpu_row', 'cpu_figures', 'crossover',
-           'crossover_text']
+           'folder_facts', 'answer_cpu', 'graph_for', 'measure_cpu', 'energy_of', 'speed_of', 'cpu_row', 'cpu_figures',
+           'crossover', 'crossover_text']
 
 # %% ../../nbs/runtime/07_cpu.ipynb #82920d19
 import importlib, math, os, re, sys, time
@@ -389,7 +389,10 @@ def energy_of(
     if watts_per_core is None: return Energy(joules_per_token=None, source="none")
     return Energy(joules_per_token=cost["cpu_seconds_per_token"]*watts_per_core, source="modelled")
 
-def _speed(answer:dict, storage:str)->Speed:
+def speed_of(
+    answer:dict, # of `measure_cpu`
+    storage:str, # what the folder stores
+)->Speed:
     "The first batch size's figures as a record states them."
     backend, cost = BACKENDS[answer["backend"]], answer["cost"][0]
     kept = {k: cost[k] for k in ("prefill_tokens_per_s", "decode_tokens_per_s", "iqr", "p50_ms", "p95_ms")}
@@ -413,7 +416,7 @@ def cpu_row(
                    status="not_applicable" if "not_applicable" in answer else "failed")
     fields = {k: answer[k] for k in ("parameters", "file_bytes", "folder_bytes", "peak_rss_bytes")}
     fields |= dict(artifact=os.path.relpath(answer["folder"], project_path(record_folder)),
-                   artifact_sha256=answer["weights_sha256"], speed=_speed(answer, storage), precision=storage,
+                   artifact_sha256=answer["weights_sha256"], speed=speed_of(answer, storage), precision=storage,
                    energy=energy_of(answer["cost"][0], watts_per_core))
     if baseline: fields["ratio"] = baseline["file_bytes"]/answer["file_bytes"]
     if "scores" in answer:
