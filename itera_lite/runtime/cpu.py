@@ -27,7 +27,9 @@ from ..base.system import peak_rss_bytes
 from ..checkpoints.folder import load_model, load_tokenizer, model_bytes
 from ..checkpoints.weights import weights_sha256
 from ..evaluation.cost import Decoder, EnergyMeter, fallback_of, rate, timed
-from ..evaluation.evaluate import EvaluationRequest, ask, documents_of, main, make_request, measure_text, quality_fields
+from itera_lite.evaluation.evaluate import (
+    EvaluationRequest, ask, documents_of, main, make_request, measure_text, quality_fields,
+)
 from ..evaluation.scores import compare_models, cut_documents, default_window, evaluating
 from ..kernels.mixer import relative_error
 from ..storage.formats import packed_bytes
@@ -332,7 +334,8 @@ def answer_cpu(
     torch.set_num_threads(request.threads or torch.get_num_threads())
     model, answer = _loaded(request)
     if model is None or request.only_load: return answer
-    answer |= dict(backend=request.backend, profile=request.profile, threads=getattr(model, "threads", torch.get_num_threads()),
+    answer |= dict(backend=request.backend, profile=request.profile,
+                   threads=getattr(model, "threads", torch.get_num_threads()),
                    cores=len(profile_cores("desktop")), cost=_costs(request, model))
     answer["peak_rss_bytes"] = answer["cost"][0]["peak_rss_bytes"]
     answer |= folder_facts(request)
@@ -460,7 +463,8 @@ def crossover_text(
     found = crossover(points)
     if found == 0: return "pays at all sizes measured"
     if found: return f"pays from about {found:,.0f} parameters on"
-    return "pays at none of the sizes measured" if all(g <= 1 for _, g in points) else "does not pay at the largest size"
+    nowhere = all(gain <= 1 for _, gain in points)
+    return "pays at none of the sizes measured" if nowhere else "does not pay at the largest size"
 
 # %% ../../nbs/runtime/07_cpu.ipynb #83ba77ed
 # `python -m itera_lite.runtime.cpu`; in a notebook, where __name__ is __main__ too, nothing happens

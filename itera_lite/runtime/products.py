@@ -23,7 +23,7 @@ from itera_lite.storage.formats import (
 )
 from ..storage.packed import PackedModule, packed_rows, tensor_shapes
 
-# %% ../../nbs/runtime/05_products.ipynb #e8178d2e
+# %% ../../nbs/runtime/05_products.ipynb #aa1e7c87
 INT8, INT4 = "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu" # torch.ops.aten
 GROUPS = (256, 128, 64, 32) # weights that share a scale, as the 4-bit kernel takes them
 SMALL = 16384 # weights of a matrix that is decoded once: its product is quicker than two changes of type
@@ -40,7 +40,7 @@ def kernel_group(shape, f:Format)->int|None:
     "The largest group of the 4-bit kernel that lies within a row and within what shares a scale."
     return next((g for g in GROUPS if shape[1] % g == 0 and scale_run(shape, f) % g == 0), None)
 
-# %% ../../nbs/runtime/05_products.ipynb #9261702d
+# %% ../../nbs/runtime/05_products.ipynb #77d25b39
 def choose_product(
     shape, # of the tensor
     precision:str, # it is stored in
@@ -59,7 +59,7 @@ def choose_product(
         return INT8, f"{f.name}, a scale for each row"
     return None, f"decoded by rows: {f.name} with rows of {shape[1]} weights fits no kernel"
 
-# %% ../../nbs/runtime/05_products.ipynb #c136d6b2
+# %% ../../nbs/runtime/05_products.ipynb #4fdc3690
 @lru_cache(maxsize=None)
 def _byte_values(f:Format)->Tensor: # (256, codes of a byte)
     "What each byte of codes stands for."
@@ -75,7 +75,7 @@ def code_values(
     if word(f.symbols)[2] == 1: return F.embedding(codes.int(), _byte_values(f)).reshape(-1)[:count]
     return to_values(unpack_codes(codes, count, f.symbols), f)
 
-# %% ../../nbs/runtime/05_products.ipynb #b266221b
+# %% ../../nbs/runtime/05_products.ipynb #c7ce8c5d
 def row_step(shape, f:Format)->int:
     "The least number of rows after which a row begins at a byte and at a scale again."
     need = 1 if f.per is None or f.dtype == torch.int8 else word(f.symbols)[1]
@@ -101,7 +101,7 @@ def decode_rows(
     groups = groups*scale[start*k//size:][:len(groups), None].float()
     return groups.reshape(-1)[:len(values)].reshape(-1, k)
 
-# %% ../../nbs/runtime/05_products.ipynb #1284b6bf
+# %% ../../nbs/runtime/05_products.ipynb #e02e2469
 BLOCK = 2**20 # weights of the rows that are decoded at a time: 4 MiB as FP32
 
 class CodeMatrix:
@@ -144,7 +144,7 @@ class CodeMatrix:
         some = Packed(f.name, (len(flat), self.shape[1]), {"": codes if f.per is None else codes.reshape(-1)})
         return decode_rows(some, scale, 0, len(flat)).reshape(*ids.shape, -1).to(self.dtype)
 
-# %% ../../nbs/runtime/05_products.ipynb #cb221a21
+# %% ../../nbs/runtime/05_products.ipynb #95068e42
 class Transposed:
     "What `.T` of a code matrix gives: the right side of a product."
     def __init__(self, matrix:CodeMatrix): self.matrix = matrix
@@ -166,7 +166,7 @@ def _torch_function(cls, function, types, args=(), kwargs=None):
 CodeMatrix.T = property(Transposed)
 CodeMatrix.__torch_function__ = Transposed.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/runtime/05_products.ipynb #af6bcbb9
+# %% ../../nbs/runtime/05_products.ipynb #a09f3d68
 FEW = 8 # rows of x up to which the 8-bit kernel is quicker than a product of decoded blocks
 
 class Int8Matrix(CodeMatrix):
@@ -201,7 +201,7 @@ class Int8Matrix(CodeMatrix):
             y = torch.cat([F.linear(x, self.codes[a:b].to(t)) for a, b in self.rows()], 1)
         return y*self.scale if bias is None else torch.addcmul(bias.float(), y, self.scale)
 
-# %% ../../nbs/runtime/05_products.ipynb #072e8471
+# %% ../../nbs/runtime/05_products.ipynb #f6378867
 class Int4Matrix(CodeMatrix):
     "At most 16 codes a step apart, in groups of 32 to 256 within rows: in the order that torch's kernel reads."
     def __init__(self, packed, dtype):
@@ -233,7 +233,7 @@ class Int4Matrix(CodeMatrix):
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.ordered, self.group, self.scales)[:, :self.shape[0]].float()
         return y if bias is None else y + bias
 
-# %% ../../nbs/runtime/05_products.ipynb #1d4215a9
+# %% ../../nbs/runtime/05_products.ipynb #e8139ba4
 class ProductModule(PackedModule):
     "Mixed into a packed module's class: what was decoded at each use is a code matrix, or decoded once."
     kept: dict # parameter name → CodeMatrix or Tensor
@@ -259,7 +259,7 @@ class ProductModule(PackedModule):
             else: value.dtype = self._compute.dtype
         return self
 
-# %% ../../nbs/runtime/05_products.ipynb #333067e7
+# %% ../../nbs/runtime/05_products.ipynb #bdf73ef9
 FORWARD = { # of modules over a code matrix; the others read their weights as attributes
     nn.Linear: lambda self, x: self.kept["weight"].linear(x, self.bias),
     nn.Embedding: lambda self, ids: self.kept["weight"].lookup(ids),
@@ -282,7 +282,7 @@ class ProductMoE:
 @lru_cache(maxsize=None)
 def _moe_class(base:type)->type: return type(f"Product{base.__name__}", (ProductMoE, base), {})
 
-# %% ../../nbs/runtime/05_products.ipynb #220d8671
+# %% ../../nbs/runtime/05_products.ipynb #8fd71bed
 def _keep(module:PackedModule, name:str, exact:bool, release:bool)->tuple: # kernel, why
     "Make what a module computes with of one of its packed parameters."
     packed, dtype = PackedModule.packed(module, name), module._compute.dtype
@@ -302,7 +302,7 @@ def _keep(module:PackedModule, name:str, exact:bool, release:bool)->tuple: # ker
         for n in [n for n in module.stored_names if n.startswith(name)]: del module._buffers[n]
     return kernel, why
 
-# %% ../../nbs/runtime/05_products.ipynb #f2e71117
+# %% ../../nbs/runtime/05_products.ipynb #988bc887
 def _shared_copy(model:nn.Module)->nn.Module:
     "A copy that shares the tensors of weights, but not the parameters that hold them."
     memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
@@ -330,7 +330,7 @@ def compute_packed(
     result.products = products
     return result
 
-# %% ../../nbs/runtime/05_products.ipynb #46affa55
+# %% ../../nbs/runtime/05_products.ipynb #fc23d9e3
 def products_text(
     model:nn.Module, # from `compute_packed`
 )->str:
@@ -345,7 +345,7 @@ def products_text(
         lines.append(f"{kernel or 'no kernel'} · {why} · {len(names)} tensors, {weights:,} weights{named}")
     return "\n".join(lines)
 
-# %% ../../nbs/runtime/05_products.ipynb #c11be570
+# %% ../../nbs/runtime/05_products.ipynb #618ea91f
 def load_packed(
     folder, # that `save_model` wrote
     device="cpu", # the only one there is
