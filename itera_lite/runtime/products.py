@@ -201,7 +201,7 @@ class Int8Matrix(CodeMatrix):
             y = torch.cat([F.linear(x, self.codes[a:b].to(t)) for a, b in self.rows()], 1)
         return y*self.scale if bias is None else torch.addcmul(bias.float(), y, self.scale)
 
-# %% ../../nbs/runtime/05_products.ipynb #f6378867
+# %% ../../nbs/runtime/05_products.ipynb #8ed57c28
 class Int4Matrix(CodeMatrix):
     "At most 16 codes a step apart, in groups of 32 to 256 within rows: in the order that torch's kernel reads."
     def __init__(self, packed, dtype):
@@ -212,7 +212,7 @@ class Int4Matrix(CodeMatrix):
         scales = F.pad(scales, (0, 0, 0, wide - n)).T.contiguous() # (groups,N)
         self.scales = torch.stack([scales, torch.zeros_like(scales)], -1).to(torch.bfloat16)
         self.ordered, size = torch.zeros(wide, k//2, dtype=torch.uint8), math.lcm(64, row_step(packed.shape, f))
-        for a, b in self.rows(size*max(1, BLOCK//(size*k))): # blocks of 64 rows lie one after the other
+        for a, b in self.rows(size*max(1, BLOCK//8//(size*k))): # blocks of 64 rows lie one after the other
             codes = F.pad(self._nibbles(f, a, b), (0, 0, 0, -(b - a) % 16))
             self.ordered[a:a + len(codes)] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
@@ -233,7 +233,7 @@ class Int4Matrix(CodeMatrix):
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.ordered, self.group, self.scales)[:, :self.shape[0]].float()
         return y if bias is None else y + bias
 
-# %% ../../nbs/runtime/05_products.ipynb #e8139ba4
+# %% ../../nbs/runtime/05_products.ipynb #4daef6d2
 class ProductModule(PackedModule):
     "Mixed into a packed module's class: what was decoded at each use is a code matrix, or decoded once."
     kept: dict # parameter name → CodeMatrix or Tensor
@@ -246,7 +246,7 @@ class ProductModule(PackedModule):
     def packed(self, name:str)->Packed:
         "As a packed module's. Raises `ConfigError` where the codes were released."
         if name not in self.released: return super().packed(name)
-        raise ConfigError(f"the codes of a {self.precisions[name]} tensor of {tuple(self.shapes[name])} were reordered for"
+        raise ConfigError(f"the {self.precisions[name]} codes of a tensor of {tuple(self.shapes[name])} were reordered for"
                           " torch's kernel and released: load_model gives a model that can be read, saved and changed")
 
     def _apply(self, fn, recurse=True):
