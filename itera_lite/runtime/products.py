@@ -7,12 +7,13 @@ __all__ = ['INT8', 'INT4', 'GROUPS', 'SMALL', 'BLOCK', 'FEW', 'FORWARD', 'equal_
            'choose_product', 'code_values', 'row_step', 'decode_rows', 'CodeMatrix', 'Transposed', 'Int8Matrix',
            'Int4Matrix', 'ProductModule', 'ProductMoE', 'compute_packed', 'products_text', 'load_packed']
 
-# %% ../../nbs/runtime/05_products.ipynb #92417e32
+# %% ../../nbs/runtime/05_products.ipynb #f1a51fe0
 import copy, math, re
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..base.core import ConfigError
@@ -101,7 +102,7 @@ def decode_rows(
     groups = groups*scale[start*k//size:][:len(groups), None].float()
     return groups.reshape(-1)[:len(values)].reshape(-1, k)
 
-# %% ../../nbs/runtime/05_products.ipynb #e02e2469
+# %% ../../nbs/runtime/05_products.ipynb #b2504db8
 BLOCK = 2**20 # weights of the rows that are decoded at a time: 4 MiB as FP32
 
 class CodeMatrix:
@@ -135,16 +136,18 @@ class CodeMatrix:
         if x.dim() == 2: return self.product(x, bias).to(x.dtype)
         return self.product(x.reshape(-1, self.shape[1]), bias).reshape(*x.shape[:-1], -1).to(x.dtype)
 
-    def lookup(self, ids:Tensor)->Tensor: # of rows, any shape → (…,K)
-        "As `F.embedding` with the decoded matrix: only the rows looked up are decoded."
-        if self.step > 1: return packed_rows(self.packed, ids, self.dtype)
-        flat, f = ids.reshape(-1), get_format(self.packed.precision)
-        codes, scale = self.codes.reshape(self.shape[0], -1)[flat], self.scale
-        if f.per in ("row", "block"): scale = scale.reshape(self.shape[0], -1)[flat].reshape(-1)
-        some = Packed(f.name, (len(flat), self.shape[1]), {"": codes if f.per is None else codes.reshape(-1)})
-        return decode_rows(some, scale, 0, len(flat)).reshape(*ids.shape, -1).to(self.dtype)
+# %% ../../nbs/runtime/05_products.ipynb #3aa2477d
+@patch
+def lookup(self:CodeMatrix, ids:Tensor)->Tensor: # of rows, any shape → (…,K)
+    "As `F.embedding` with the decoded matrix: only the rows looked up are decoded."
+    if self.step > 1: return packed_rows(self.packed, ids, self.dtype)
+    flat, f = ids.reshape(-1), get_format(self.packed.precision)
+    codes, scale = self.codes.reshape(self.shape[0], -1)[flat], self.scale
+    if f.per in ("row", "block"): scale = scale.reshape(self.shape[0], -1)[flat].reshape(-1)
+    some = Packed(f.name, (len(flat), self.shape[1]), {"": codes if f.per is None else codes.reshape(-1)})
+    return decode_rows(some, scale, 0, len(flat)).reshape(*ids.shape, -1).to(self.dtype)
 
-# %% ../../nbs/runtime/05_products.ipynb #95068e42
+# %% ../../nbs/runtime/05_products.ipynb #14577361
 class Transposed:
     "What `.T` of a code matrix gives: the right side of a product."
     def __init__(self, matrix:CodeMatrix): self.matrix = matrix
@@ -166,7 +169,7 @@ def _torch_function(cls, function, types, args=(), kwargs=None):
 CodeMatrix.T = property(Transposed)
 CodeMatrix.__torch_function__ = Transposed.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/runtime/05_products.ipynb #a09f3d68
+# %% ../../nbs/runtime/05_products.ipynb #c0e36652
 FEW = 8 # rows of x up to which the 8-bit kernel is quicker than a product of decoded blocks
 
 class Int8Matrix(CodeMatrix):
@@ -201,7 +204,7 @@ class Int8Matrix(CodeMatrix):
             y = torch.cat([F.linear(x, self.codes[a:b].to(t)) for a, b in self.rows()], 1)
         return y*self.scale if bias is None else torch.addcmul(bias.float(), y, self.scale)
 
-# %% ../../nbs/runtime/05_products.ipynb #8ed57c28
+# %% ../../nbs/runtime/05_products.ipynb #b573df71
 class Int4Matrix(CodeMatrix):
     "At most 16 codes a step apart, in groups of 32 to 256 within rows: in the order that torch's kernel reads."
     def __init__(self, packed, dtype):
@@ -230,10 +233,11 @@ class Int4Matrix(CodeMatrix):
 
     def product(self, x, bias):
         x = x.to(torch.bfloat16, memory_format=torch.contiguous_format)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.ordered, self.group, self.scales)[:, :self.shape[0]].float()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.ordered, self.group, self.scales)
+        y = y[:, :self.shape[0]].float()
         return y if bias is None else y + bias
 
-# %% ../../nbs/runtime/05_products.ipynb #4daef6d2
+# %% ../../nbs/runtime/05_products.ipynb #f89a662f
 class ProductModule(PackedModule):
     "Mixed into a packed module's class: what was decoded at each use is a code matrix, or decoded once."
     kept: dict # parameter name → CodeMatrix or Tensor
@@ -246,8 +250,9 @@ class ProductModule(PackedModule):
     def packed(self, name:str)->Packed:
         "As a packed module's. Raises `ConfigError` where the codes were released."
         if name not in self.released: return super().packed(name)
-        raise ConfigError(f"the {self.precisions[name]} codes of a tensor of {tuple(self.shapes[name])} were reordered for"
-                          " torch's kernel and released: load_model gives a model that can be read, saved and changed")
+        what = f"{self.precisions[name]} codes of a tensor of {tuple(self.shapes[name])}"
+        raise ConfigError(f"the {what} were reordered for torch's kernel and released:"
+                          " load_model gives a model that can be read, saved and changed")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -259,7 +264,7 @@ class ProductModule(PackedModule):
             else: value.dtype = self._compute.dtype
         return self
 
-# %% ../../nbs/runtime/05_products.ipynb #bdf73ef9
+# %% ../../nbs/runtime/05_products.ipynb #cc75cbd3
 FORWARD = { # of modules over a code matrix; the others read their weights as attributes
     nn.Linear: lambda self, x: self.kept["weight"].linear(x, self.bias),
     nn.Embedding: lambda self, ids: self.kept["weight"].lookup(ids),
@@ -282,7 +287,7 @@ class ProductMoE:
 @lru_cache(maxsize=None)
 def _moe_class(base:type)->type: return type(f"Product{base.__name__}", (ProductMoE, base), {})
 
-# %% ../../nbs/runtime/05_products.ipynb #8fd71bed
+# %% ../../nbs/runtime/05_products.ipynb #c05c22e9
 def _keep(module:PackedModule, name:str, exact:bool, release:bool)->tuple: # kernel, why
     "Make what a module computes with of one of its packed parameters."
     packed, dtype = PackedModule.packed(module, name), module._compute.dtype
@@ -302,7 +307,7 @@ def _keep(module:PackedModule, name:str, exact:bool, release:bool)->tuple: # ker
         for n in [n for n in module.stored_names if n.startswith(name)]: del module._buffers[n]
     return kernel, why
 
-# %% ../../nbs/runtime/05_products.ipynb #988bc887
+# %% ../../nbs/runtime/05_products.ipynb #c50e91ab
 def _shared_copy(model:nn.Module)->nn.Module:
     "A copy that shares the tensors of weights, but not the parameters that hold them."
     memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
@@ -330,22 +335,23 @@ def compute_packed(
     result.products = products
     return result
 
-# %% ../../nbs/runtime/05_products.ipynb #fc23d9e3
+# %% ../../nbs/runtime/05_products.ipynb #1f719980
 def products_text(
     model:nn.Module, # from `compute_packed`
 )->str:
-    "How a model's products are computed: a line for each kernel and reason, tensors by name where no kernel takes them."
+    "How products are computed: a line for each kernel and reason, with names where no kernel takes a matrix."
     groups, shapes = {}, tensor_shapes(model)
     for name, how in model.products.items(): groups.setdefault(how, []).append(name)
     if not groups: return "no tensor is packed: the model computes as it was"
     lines = []
     for (kernel, why), names in sorted(groups.items(), key=str):
         weights = sum(math.prod(shapes[n]) for n in names)
-        named = "" if kernel or why.startswith("decoded once") else ": " + ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", n) for n in names))
+        patterns = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", n) for n in names) # one for all layers
+        named = "" if kernel or why.startswith("decoded once") else ": " + ", ".join(patterns)
         lines.append(f"{kernel or 'no kernel'} · {why} · {len(names)} tensors, {weights:,} weights{named}")
     return "\n".join(lines)
 
-# %% ../../nbs/runtime/05_products.ipynb #618ea91f
+# %% ../../nbs/runtime/05_products.ipynb #92545370
 def load_packed(
     folder, # that `save_model` wrote
     device="cpu", # the only one there is
