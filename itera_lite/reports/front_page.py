@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRONT_RUN', 'TECHNIQUES', 'GOOD_PEER', 'HOLD', 'WANTS', 'LABELS', 'ROOMS', 'best_peer', 'find_row', 'front_rows_of',
-           'change', 'relative_speed', 'to_fp16', 'link', 'technique_table', 'own_options', 'took', 'wants_table',
-           'published_run', 'picture', 'model_tokens', 'picture_caption', 'opening_of', 'notebooks_page',
+           'change', 'best_backends', 'relative_cost', 'to_fp16', 'link', 'technique_table', 'own_options', 'took',
+           'wants_table', 'published_run', 'picture', 'model_tokens', 'picture_caption', 'opening_of', 'notebooks_page',
            'results_page', 'generated', 'write_generated']
 
 # %% ../../nbs/reports/05b_front_page.ipynb #060575a7
@@ -77,11 +77,32 @@ def change(row:Row)->str:
     interval = f" [{signed(bounds[0], 2)},{HOLD}{signed(bounds[1], 2)}]" if bounds else ""
     return f"{signed(row.perplexity_change_percent, 2)}{HOLD}%{interval}"
 
-def relative_speed(record:Record, row:Row)->str: # – where either was not timed
-    "Decode speed, as a multiple of the baseline's."
-    base = next((r for r in record.results if r.name == record.baseline), None)
-    speeds = [r.speed and r.speed.decode_tokens_per_s for r in (row, base) if r]
-    return SHOW["ratio"](speeds[0]/speeds[1]) if len(speeds) == 2 and all(speeds) else "–"
+def best_backends(
+    runtime:Record|None, # of 10_cpu_validation
+)->dict[str, Row]: # sha256 of a folder's weights → its row in the fastest backend that keeps them as they are
+    "Each folder in its best backend."
+    best = {}
+    for r in runtime.results if runtime else ():
+        own = r.status == "ok" and r.artifact_sha256 and r.speed and r.speed.storage == r.precision
+        if not own or not r.speed.decode_tokens_per_s: continue
+        known = best.get(r.artifact_sha256)
+        if known is None or r.speed.decode_tokens_per_s > known.speed.decode_tokens_per_s: best[r.artifact_sha256] = r
+    return best
+
+def relative_cost(
+    records:dict[str, Record], # notebook → record of one run
+    record:Record, row:Row,
+)->tuple[str, str]: # decode speed and peak memory, as multiples of FP32's; – where they were not measured
+    "A row in its best backend against FP32 in its best; a seed that was not kept has the cost of one that was."
+    runtime = records.get("10_cpu_validation")
+    best, alike = best_backends(runtime), SEED.sub("", row.name)
+    hashes = [row.artifact_sha256, *(r.artifact_sha256 for r in record.results if SEED.sub("", r.name) == alike)]
+    mine = next((best[h] for h in hashes if h in best), None)
+    fp32 = runtime and best.get(runtime.row(runtime.baseline).artifact_sha256)
+    if not (mine and fp32): return "–", "–"
+    speed = SHOW["ratio"](mine.speed.decode_tokens_per_s/fp32.speed.decode_tokens_per_s)
+    memory = [r.peak_rss_bytes for r in (mine, fp32)]
+    return f"{speed} ({mine.speed.backend})", SHOW["ratio"](memory[0]/memory[1]) if all(memory) else "–"
 
 def to_fp16(records:list[Record], record:Record, row:Row)->str: # – where the row was made of another model
     "How much smaller than the same model in FP16."
@@ -106,10 +127,10 @@ def technique_table(records:dict[str, Record])->str: # Markdown
         against = f", against {held.name}" if held.technique == "training" else ""
         lines.append([f"{what}: {line_name(record, i)}{part}{against}", SHOW["ratio"](row.ratio),
                       to_fp16(list(records.values()), record, row), change(row),
-                      relative_speed(record, row), asked.outcome if asked and asked.outcome else "–",
+                      *relative_cost(records, record, row), asked.outcome if asked and asked.outcome else "–",
                       link(record, notebook)])
-    header = ["technique: row", "× FP32", "× FP16", "perplexity, 95 % interval", "decode speed, × FP32", "outcome",
-              "report"]
+    header = ["technique: row", "× FP32", "× FP16", "perplexity, 95 % interval", "decode, × FP32", "memory, × FP32",
+              "outcome", "report"]
     return markdown_table(header, lines)
 
 # %% ../../nbs/reports/05b_front_page.ipynb #c5f6defc
