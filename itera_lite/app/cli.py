@@ -394,7 +394,7 @@ def bench_command(
     from itera_lite.base.core import unknown
     from itera_lite.bench.bench import bench, publish
     from itera_lite.bench.compression import bench_compression
-    from itera_lite.bench.runtime import asked_table, bench_runtime
+    from itera_lite.bench.runtime import bench_runtime
     common = dict(rounds=rounds, threads=threads, with_peers=peers)
     parts = {"speeds": lambda: bench(model, compiled=compiled, **common),
              "compression": lambda: bench_compression(model, **common),
@@ -402,7 +402,6 @@ def bench_command(
     if only not in (None, *parts): raise unknown("part of the bench", only, parts)
     found = {name: part() for name, part in parts.items() if only in (None, name)}
     publish(list(found.values()), out)
-    if "runtime" in found: typer.echo(f"\n{asked_table(found['runtime']['ratios'])}")
 
 # %% ../../nbs/app/01_cli.ipynb #d6571ff9
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['Side', 'time_sides', 'ratio', 'spread', 'best', 'train_step', 'own_training', 'require_transformers', 'hf_gpt2',
            'hf_shape', 'hf_mamba', 'hf_mamba2', 'as_mamba', 'peer_training', 'own_decoding', 'peer_decoding',
            'decoding_at', 'matrix_product', 'matmul_flops', 'bench_training', 'bench_kernels', 'bench_length',
-           'bench_decoding', 'bench_result', 'bench', 'rate_cells', 'bench_table', 'publish']
+           'bench_decoding', 'bench_result', 'bench', 'rate_cells', 'asked_cells', 'bench_table', 'joined', 'publish']
 
 # %% ../../nbs/bench/01_bench.ipynb #d1e46cc5
 import importlib.util, statistics
@@ -309,27 +309,47 @@ def rate_cells(
     return [name, f"{median:,.0f}{unit}", f"{least:,.0f} … {most:,.0f}"]
 
 # %% ../../nbs/bench/01_bench.ipynb #7f7a6fba
+def asked_cells(
+    value:dict, # a ratio; with `least` or `most` where a limit was set, and `aim` where one lies beyond
+)->list[str]: # limit, aim, what was reached
+    "A ratio's limit and aim beside it; dashes where it has none."
+    sign = "≥" if "least" in value else "≤"
+    limit, aim = value.get("least", value.get("most")), value.get("aim")
+    if limit is None: return ["–"]*3
+    def holds(x): return value["median"] >= x if sign == "≥" else value["median"] <= x
+    reached = "no" if not holds(limit) else "yes" if aim is None or not holds(aim) else "aim"
+    return [f"{sign} {limit:.3g}", "–" if aim is None else f"{sign} {aim:.3g}", reached]
+
 def bench_table(
     result:dict, # from `bench`
 )->str:
     "The result as tables in Markdown."
-    ratios = [[k, f"{v['median']:.2f}", f"{v['min']:.2f} … {v['max']:.2f}"] for k, v in result["ratios"].items()]
-    tables = [markdown_table(["ratio", "median", "least … largest of the rounds"], ratios)]
+    def form(v): return f"{v:.3f}" if v < 0.1 else f"{v:.2f}"
+    limits = any("least" in v or "most" in v for v in result["ratios"].values())
+    ratios = [[k, form(v["median"]), f"{form(v['min'])} … {form(v['max'])}", *(asked_cells(v) if limits else [])]
+              for k, v in result["ratios"].items()]
+    header = ["ratio", "median", "least … largest of the rounds", *(["asked", "aim", "reached"] if limits else [])]
+    tables = [markdown_table(header, ratios)]
     for group, rates in result["rates"].items():
         unit = result.get("units", {}).get(group, "tokens/s")
         header = [group, f"{unit}, median", "least … largest"]
         tables.append(markdown_table(header, [rate_cells(k, v) for k, v in rates.items()]))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, *(f"- {remark}" for remark in result.get("remarks", []))])
 
 # %% ../../nbs/bench/01_bench.ipynb #8455bc4a
+def joined(
+    *results:dict, # from `bench` and from what other notebooks measure, in the same form
+)->dict:
+    "One result of several: the first one's settings and environment, everybody's ratios, rates, units and remarks."
+    tables = {k: {n: v for r in results for n, v in r.get(k, {}).items()} for k in ("ratios", "rates", "units")}
+    return results[0] | tables | {"remarks": [line for r in results for line in r.get("remarks", [])]}
+
 def publish(
     parts:list[dict], # results of `bench` and of others of its form
     out:str|None=None, # JSON file; None: papermill_runs/bench.json
 )->Path: # of the JSON
     "Results as one: print its tables, write its JSON."
-    result = dict(parts[0])
-    for part in parts[1:]:
-        for key in ("ratios", "rates", "units"): result[key] = result.get(key, {}) | part.get(key, {})
+    result = joined(*parts)
     print(bench_table(result))
     path = Path(out) if out else runs_dir()/"bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
