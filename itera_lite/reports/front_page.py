@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT_RUN', 'TECHNIQUES', 'GOOD_PEER', 'HOLD', 'WANTS', 'LABELS', 'ROOMS', 'best_peer', 'find_row', 'front_rows_of',
-           'change', 'best_backends', 'relative_cost', 'to_fp16', 'link', 'technique_table', 'own_options', 'took',
+           'change', 'to_fp16', 'best_backends', 'relative_cost', 'link', 'technique_table', 'own_options', 'took',
            'wants_table', 'published_run', 'picture', 'model_tokens', 'picture_caption', 'opening_of', 'notebooks_page',
            'results_page', 'generated', 'write_generated']
 
@@ -77,6 +77,14 @@ def change(row:Row)->str:
     interval = f" [{signed(bounds[0], 2)},{HOLD}{signed(bounds[1], 2)}]" if bounds else ""
     return f"{signed(row.perplexity_change_percent, 2)}{HOLD}%{interval}"
 
+def to_fp16(records:list[Record], record:Record, row:Row)->str: # – where the row was made of another model
+    "How much smaller than the same model in FP16."
+    reference = fp16_record(records)
+    model, fp16 = reference.row(reference.baseline), reference.row("fp16")
+    if not (same_model(record, model) and made_of(model, row)): return "–"
+    return SHOW["ratio"](row.ratio/fp16.ratio)
+
+# %% ../../nbs/reports/05b_front_page.ipynb #78179f7a
 def best_backends(
     runtime:Record|None, # of 10_cpu_validation
 )->dict[str, Row]: # sha256 of a folder's weights → its row in the fastest backend that keeps them as they are
@@ -103,13 +111,6 @@ def relative_cost(
     speed = SHOW["ratio"](mine.speed.decode_tokens_per_s/fp32.speed.decode_tokens_per_s)
     memory = [r.peak_rss_bytes for r in (mine, fp32)]
     return f"{speed} ({mine.speed.backend})", SHOW["ratio"](memory[0]/memory[1]) if all(memory) else "–"
-
-def to_fp16(records:list[Record], record:Record, row:Row)->str: # – where the row was made of another model
-    "How much smaller than the same model in FP16."
-    reference = fp16_record(records)
-    model, fp16 = reference.row(reference.baseline), reference.row("fp16")
-    if not (same_model(record, model) and made_of(model, row)): return "–"
-    return SHOW["ratio"](row.ratio/fp16.ratio)
 
 # %% ../../nbs/reports/05b_front_page.ipynb #643b0c98
 def link(record:Record, text:str)->str: # from the project's root
