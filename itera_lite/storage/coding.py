@@ -63,8 +63,8 @@ def join_digits(index:Tensor, symbols:int)->bytes:
 # %% ../../nbs/storage/02_coding.ipynb #e4d5bd94
 def split_digits(content:bytes, n:int, symbols:int)->Tensor: # codes (n)
     "Undo `join_digits`."
-    octets = from_planes(content, torch.uint8, (-1,)).long()
-    return (octets[:, None]//symbols**torch.arange(digits(symbols)) % symbols).reshape(-1)[:n]
+    table = torch.arange(256)[:, None]//symbols**torch.arange(digits(symbols)) % symbols # the digits of each byte
+    return table.to(torch.uint8)[from_planes(content, torch.uint8, (-1,)).int()].reshape(-1)[:n]
 
 # %% ../../nbs/storage/02_coding.ipynb #63adb54a
 def code_stream(index:Tensor)->bytes:
@@ -109,7 +109,7 @@ def _as_codes(index:Tensor, precision:str, shape)->Tensor:
     "Codes (n), counted from the lowest, as a tensor of this precision stores them."
     f = get_format(precision)
     if f.dtype != torch.int8: return pack_codes(index, f.symbols)
-    return (index - int(f.levels)).to(torch.int8).reshape(shape)
+    return (index.to(torch.int16) - int(f.levels)).to(torch.int8).reshape(shape)
 
 # %% ../../nbs/storage/02_coding.ipynb #2fd950db
 def decode_stream(
