@@ -104,13 +104,7 @@ def bare(stories, tmp_path_factory):
         "--retries", "1", "--timeout", "20", "--constraint", ROOT / "constraints.txt",
         "--requirement", stories[2] / "package" / "requirements.txt",
     ]
-    try:
-        done = subprocess.run(install, cwd=place, env=CLEAN, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        pytest.skip("the package index did not deliver three packages within 60 s")
-    unreachable = "connection|No matching distribution|timed out|Temporary failure|Max retries|Network is unreachable"
-    if done.returncode and re.search(unreachable, done.stderr, re.I):
-        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    done = subprocess.run(install, cwd=place, env=CLEAN, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return python
 

@@ -83,7 +83,8 @@ class Product:
         "What torch calls in place of a function that was given a `Product`."
         if func is F.linear: return cls.times(args[1], args[0], *args[2:], **(kwargs or {}))
         if func is F.embedding: return args[1].rows(args[0])
-        raise NotImplementedError(f"{func.__name__} of packed codes")
+        raise ConfigError(f"no compiled step for a model that takes {func.__name__} of a matrix: it multiplies with its"
+                          " matrices and looks up their rows; decode it with torch")
 
 # %% ../../nbs/runtime/06_compiled.ipynb #e5784c7b
 @patch
