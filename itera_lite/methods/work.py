@@ -15,7 +15,7 @@ from ..base.core import ConfigError, cache_dir, portable_path, runs_dir, sha256_
 from ..base.data import Corpus
 from .arguments import encoded, some_documents, window_length
 from ..training.config import TrainConfig
-from ..training.sources import library_sha256
+from ..base.sources import library_sha256
 from ..training.teacher import weights_fingerprint
 from ..training.trainer import TrainingInterrupted
 

@@ -11,7 +11,7 @@ import copy, hashlib, json, math, platform, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import itera_lite, torch
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from itera_lite.base.core import (
     ConfigError, RunError, cache_dir, error_line, sha256_file, sha256_text, to_json, write_atomic,
 )
+from ..base.sources import library_sha256
 from ..kernels.mixer import Mixer, hadamard_matrix, relative_error
 from ..kernels.s4 import S4Mixer
 from ..models.config import KERNELS
-from ..models.model import CausalLM, State
+from ..models.model import CausalLM, State, check_positions
 from ..models.moe import MoE
+from .operands import whole_numbers
 from ..storage.formats import Packed, decode, get_format
 from ..storage.packed import PackedModule
 
@@ -33,20 +35,11 @@ def whole_codes(
 )->tuple|None: # codes (O,K) int8, scales (O,G) float32; None: they are not whole numbers, or blocks end inside rows
     "A packed matrix as whole numbers and the scales of each row's G groups."
     f, (rows, width) = get_format(packed.precision), packed.shape
-    base, unit = f.name.partition("-")[0], 1.0
-    if f.per == "block" and width % f.block and f.block % width or base == "nf4": return None
-    if f.dtype == torch.int8: codes = packed.stored[""]
-    else:
-        unit = 0.5 if base == "int2" else 1.0                      # its grid is −1.5, −0.5, 0.5, 1.5
-        values = decode(Packed(f.name, packed.shape, packed.stored | _unit_scale(packed)))
-        codes = (values/unit).round().to(torch.int8)
-    scale = packed.scale*unit
+    whole = whole_numbers(packed)
+    if whole is None or f.per == "block" and width % f.block and f.block % width: return None
+    codes, scale = torch.from_numpy(whole[0]).to(torch.int8), packed.scale*whole[1]
     if f.per == "block" and width <= f.block: scale = scale.repeat_interleave(f.block//width)[:rows]
     return codes.reshape(rows, width), scale.reshape(1 if f.per == "tensor" else rows, -1).expand(rows, -1).contiguous()
-
-def _unit_scale(packed:Packed)->dict:
-    "Scales of one, as the format stores them."
-    return {"_scale": torch.ones_like(packed.stored["_scale"])}
 
 # %% ../../nbs/runtime/06_compiled.ipynb #d98c711c
 LANES = 16  # numbers of a vector register with AVX-512; half of it with AVX2, which then takes two
@@ -288,12 +281,6 @@ def _processor()->str:
     listed = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     return " ".join([platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *listed])
 
-def _library()->str:
-    "Hash of the library's source, as far as a step is made by it."
-    folder = Path(itera_lite.__path__[0])
-    files = sorted(f for room in ("kernels", "models", "storage", "runtime") for f in (folder/room).glob("*.py"))
-    return sha256_text(" ".join(sha256_file(f) for f in files))
-
 # %% ../../nbs/runtime/06_compiled.ipynb #c0d6ec21
 def _weights(step:DecodeStep)->str:
     "Hash of a step's tensors, their names, types, shapes and strides."
@@ -310,8 +297,8 @@ def cache_key(
 )->str: # 64 hexadecimal digits
     "What a compiled step is kept under: everything that it depends on."
     config = step.model.config.model_dump_json()
-    return sha256_text(to_json([_weights(step), config, batch_size, threads, OPTIONS, _library(), torch.__version__,
-                                _processor()]))
+    return sha256_text(to_json([_weights(step), config, batch_size, threads, OPTIONS,
+                                library_sha256("itera_lite.runtime.compiled"), torch.__version__, _processor()]))
 
 # %% ../../nbs/runtime/06_compiled.ipynb #bc80011c
 def find_compiler()->str: # its command
@@ -398,9 +385,8 @@ def _flat(self:CompiledStep, state:State)->Tensor:
 def _position(self:CompiledStep, position:int)->Tensor:
     "The position as a tensor. Raises `ConfigError` past learned positions."
     if self._positions is None: return self._anywhere
-    if position < len(self._positions): return self._positions[position]
-    raise ConfigError(f"sequence of {position + 1} tokens: the model's learned positions end at max_seq_length "
-                      f"{len(self._positions)}; shorten it, or train with positions='none'")
+    check_positions(self.config, position + 1)
+    return self._positions[position]
 
 @patch
 def init_state(self:CompiledStep, batch_size:int|None=None, device=None)->State:

@@ -20,6 +20,7 @@ from itera_lite.base.core import (
     CheckpointError, ConfigError, Strict, cache_dir, portable_path, sha256_file, sha256_text,
 )
 from ..base.progress import Progress
+from ..base.sources import library_sha256
 from ..checkpoints.folder import load_model
 from ..checkpoints.weights import weights_sha256
 from ..kernels.mixer import relative_error
@@ -236,21 +237,15 @@ def export_folder(
     return export_model(load_model(folder), out, weights_sha256(folder), folder=portable_path(folder), **settings)
 
 # %% ../../nbs/runtime/04b_export.ipynb #8b8ee540
-def _library_sha256()->str:
-    "Hash of the code that writes graphs."
-    from itera_lite.kernels import mixer
-    here = Path(__file__).parent
-    files = [here/f"{n}.py" for n in ("operands", "graph", "blocks", "export")] + [Path(mixer.__file__)]
-    return sha256_text("".join(sha256_file(f) for f in files))
-
 def cached_graph(
     folder, # of a model
     accuracy_level:int=4,
     precision:str|None=None, # round again; None: the folder's own codes
 )->Path: # .onnx
     "A folder's graph, made once and kept in the cache. Raises as `export_folder` does."
-    key = sha256_text(json.dumps([weights_sha256(folder), sha256_file(Path(folder)/"config.json"), _library_sha256(),
-                                  onnxruntime.__version__, accuracy_level, precision]))[:24]
+    source = weights_sha256(folder), sha256_file(Path(folder)/"config.json")
+    key = sha256_text(json.dumps([source, library_sha256("itera_lite.runtime.export"), onnxruntime.__version__,
+                                  accuracy_level, precision]))[:24]
     path = cache_dir()/"graphs"/key/"model.onnx"
     if not path.exists(): export_folder(folder, path, accuracy_level=accuracy_level, precision=precision)
     return path

@@ -20,9 +20,9 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from torch import Tensor
 
-from ..base.core import CheckpointError, ConfigError, portable_path, sha256_file
+from ..base.core import CheckpointError, portable_path, sha256_file
 from ..models.config import config_from_dict
-from ..models.model import State
+from ..models.model import State, check_positions
 from .graph import MICROSOFT
 
 # %% ../../nbs/runtime/04_generator.ipynb #0299ce1b
@@ -197,13 +197,6 @@ def _owner(self:OnnxModel, batch:int)->Owner:
 
 # %% ../../nbs/runtime/04_generator.ipynb #07be8d64
 @patch
-def _check_positions(self:OnnxModel, end:int):
-    "Raises `ConfigError` for more positions than the model learned."
-    if self.learned and end > self.config.max_seq_length:
-        raise ConfigError(f"sequence of {end} tokens: the model's learned positions end at max_seq_length"
-                          f" {self.config.max_seq_length}; shorten it, or train with positions='none'")
-
-@patch
 def read(self:OnnxModel,
     ids:Tensor, # (B,L)
     state:State|None, # None: the beginning
@@ -212,7 +205,7 @@ def read(self:OnnxModel,
     "Read tokens at once."
     batch, length = ids.shape
     position, kept = state or self.init_state(batch)
-    self._check_positions(position + length)
+    check_positions(self.config, position + length)
     arrays = kept.buffers.arrays if isinstance(kept, Owner) else kept
     given = dict(ids=ids.numpy(), first=np.array([first]), **arrays)
     if self.learned: given["positions"] = np.arange(position, position + length)
@@ -255,7 +248,7 @@ def step(self:OnnxModel, ids:Tensor, state:State)->tuple[Tensor, State]:
         logits, state = self.read(ids[:, None], state, 0)
         return logits[:, -1], state
     position, owner = state
-    self._check_positions(position + 1)
+    check_positions(self.config, position + 1)
     batch = len(ids)
     (at, positions, logits, _), _ = self._inputs(batch)
     at[:, 0], positions[0] = ids.numpy(), position

@@ -18,7 +18,7 @@ from ..checkpoints.folder import save_model
 from ..models.model import build_model
 from ..models.config import named_config
 from .config import TrainConfig
-from .sources import library_sha256
+from ..base.sources import library_sha256
 from .train import train
 
 # %% ../../nbs/training/08_smoke.ipynb #ac1c25c7
