@@ -7,7 +7,7 @@ __all__ = ['LANES', 'SHORT', 'OPTIONS', 'whole_codes', 'held', 'laid_out', 'Prod
            'DecodeStep', 'flattened', 'cache_key', 'find_compiler', 'build', 'library', 'CompiledStep', 'compiled_step']
 
 # %% ../../nbs/runtime/06_compiled.ipynb #28f68643
-import copy, hashlib, json, math, platform, tempfile
+import copy, hashlib, json, math, platform, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -332,7 +332,8 @@ def build(
     with tempfile.TemporaryDirectory(prefix="itera-lite-") as folder, _on_the_stack():
         options = OPTIONS | {"cpp.threads": threads, "aot_inductor.output_path": f"{folder}/step.so"}
         try:
-            graph = torch.export.export(step, arguments, strict=False).module()
+            with warnings.catch_warnings(action="ignore", category=FutureWarning): # torch's, about its own calls
+                graph = torch.export.export(step, arguments, strict=False).module()
             return Path(torch._inductor.aot_compile(graph, arguments, options=options)).read_bytes()
         except Exception as e:
             raise RunError(f"the decode step could not be compiled ({error_line(e)[:200]}): decode without it") from e
@@ -367,6 +368,8 @@ class CompiledStep:
         self._positions = list(torch.arange(model.config.max_seq_length).split(1)) if learned else None
         self._anywhere = torch.zeros(1, dtype=torch.long)
 
+    def parameters(self): return self.model.parameters()
+    def buffers(self): return self.model.buffers()
     def eval(self)->"CompiledStep": return self
 
     def train(self, mode:bool=True)->"CompiledStep":
