@@ -334,7 +334,7 @@ def build(
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning): # torch's, about its own calls
                 graph = torch.export.export(step, arguments, strict=False).module()
-            return Path(torch._inductor.aot_compile(graph, arguments, options=options)).read_bytes()
+                return Path(torch._inductor.aot_compile(graph, arguments, options=options)).read_bytes()
         except Exception as e:
             raise RunError(f"the decode step could not be compiled ({error_line(e)[:200]}): decode without it") from e
 
