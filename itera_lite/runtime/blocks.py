@@ -6,6 +6,8 @@
 __all__ = ['OWN_TOKENS_FROM', 'Writer', 'has_bias', 'beside']
 
 # %% ../../nbs/runtime/03_blocks.ipynb #f39a5553
+from functools import partial
+
 import numpy as np
 from fastcore.basics import patch
 from onnx import TensorProto, helper
@@ -79,12 +81,12 @@ def norm(self:Writer, path:str, module:nn.Module)->str:
     "What is pending joins the stream; returns the stream, normed."
     g, rms = self.graph, self.config.norm == "rmsnorm"
     weights = [self.vector(f"{path}.weight"), *([] if rms else [self.vector(f"{path}.bias")])]
-    if self.pending is None:
-        return g.op("RMSNormalization" if rms else "LayerNormalization", self.u, *weights, epsilon=module.eps, axis=-1)
-    kind = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
-    y, _, _, self.u = g.ms(kind, self.u, self.pending, *weights, n=4, epsilon=module.eps)
-    self.pending = None
-    return y
+    pending, self.pending = self.pending, None
+    if pending and rms:
+        y, _, _, self.u = g.ms("SkipSimplifiedLayerNormalization", self.u, pending, *weights, n=4, epsilon=module.eps)
+        return y
+    if pending: self.u = g.op("Add", self.u, pending)
+    return g.op("RMSNormalization" if rms else "LayerNormalization", self.u, *weights, epsilon=module.eps, axis=-1)
 
 @patch
 def state(self:Writer, path:str, shape:list, dtype=TensorProto.FLOAT)->str:
@@ -99,28 +101,48 @@ def keep(self:Writer, path:str, value:str, shape:list):
 
 # %% ../../nbs/runtime/03_blocks.ipynb #9803294d
 @patch
-def _one_step(self:Writer)->str:
-    "Whether the graph was given one position."
-    g = self.graph
-    if not hasattr(self, "_single"):
-        self._single = g.op("Equal", g.op("Shape", "ids", start=1, end=2), g.ints(1))
+def length(self:Writer)->str:
+    "How many positions the graph was given."
+    if not hasattr(self, "_length"): self._length = self.graph.op("Shape", "ids", start=1, end=2)
+    return self._length
+
+@patch
+def one_step(self:Writer)->str:
+    "Whether that is one."
+    if not hasattr(self, "_single"): self._single = self.graph.op("Equal", self.length(), self.graph.ints(1))
     return self._single
 
 @patch
-def each_position(self:Writer, path:str, decay:str, u:str, state:str)->list: # all states (B,L,…), the last (B,…)
-    "h_t = grid(decay_t · h_(t−1) + u_t), position by position."
+def each_position(self:Writer,
+    path:str,
+    rule, # the state before a position and the position's parts → the state after it, and what is kept of it
+    state:str, # (B,…)
+    *parts, # (B,L,…)
+)->list: # the last state (B,…), what was kept (B,L,…)
+    "A recurrence, position by position."
     g = self.graph
     before, g.nodes = g.nodes, []
-    names = [g._name(f"{path}/{part}") for part in ("h", "decay", "u")]
-    new = self.rounded(g.op("Add", g.op("Mul", names[1], names[0]), names[2]), f"{path}.state")
-    outputs = [new, g.op("Identity", new)]
-    body = helper.make_graph(g.nodes, f"{path}/position", [helper.make_tensor_value_info(n, TensorProto.FLOAT, None)
-                             for n in names], [helper.make_tensor_value_info(n, TensorProto.FLOAT, None)
-                             for n in outputs])
+    def numbers(names): return [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names]
+    given = [g._name(f"{path}/position:{i}") for i in range(len(parts) + 1)]
+    outputs = rule(*given)
+    body = helper.make_graph(g.nodes, f"{path}/position", numbers(given), numbers(outputs))
     g.nodes = before
-    last, states = g.op("Scan", state, decay, u, n=2, body=body, num_scan_inputs=2, scan_input_axes=[1, 1],
-                        scan_output_axes=[1])
-    return states, last
+    return g.op("Scan", state, *parts, n=2, body=body, num_scan_inputs=len(parts), scan_input_axes=[1]*len(parts),
+                scan_output_axes=[1])
+
+@patch
+def _added(self:Writer, path:str, state:str, decay:str, u:str)->list:
+    "grid(decay · state + u), twice: as the next state and as what is kept."
+    new = self.rounded(self.graph.op("Add", self.graph.op("Mul", decay, state), u), f"{path}.state")
+    return [new, self.graph.op("Identity", new)]
+
+@patch
+def softplus(self:Writer, x:str)->str:
+    "log(1 + eˣ) as max(x, 0) + log1p(e), e = exp(−|x|); log1p(e) = log(u) · e/(u − 1), u = 1 + e (Kahan)."
+    g = self.graph
+    e = g.op("Max", g.op("Exp", g.op("Neg", g.op("Abs", x))), g.real(2**-23))                    # so that u is not 1
+    u = g.op("Add", e, g.real(1))
+    return g.op("Add", g.op("Relu", x), g.op("Mul", g.op("Log", u), g.op("Div", e, g.op("Sub", u, g.real(1)))))
 
 # %% ../../nbs/runtime/03_blocks.ipynb #2cb3aa4f
 @patch
@@ -128,13 +150,13 @@ def scan_s4(self:Writer, path:str, block:Mixer, x:str, rest)->str: # y (B,L,I)
     "The s4 recurrence; state (B,N)."
     g, rates = self.graph, -np.exp(self.numbers(f"{path}.A_log").astype(np.float64))
     n, rows = len(rates), self.packed[f"{path}.dt_proj.weight"].shape[0]
-    steps = g.op("Softplus", self.linear(x, f"{path}.dt_proj", block.dt_proj))                   # (B,L,rows)
+    steps = self.softplus(self.linear(x, f"{path}.dt_proj", block.dt_proj))                   # (B,L,rows)
     mean = np.concatenate([np.tile(rates, (rows, 1)), np.ones((rows, n + 1))], 1)/rows
     means = g.op("MatMul", steps, g.constant(f"{path}.means", mean.astype(np.float32)))
     logs, dt, any_column = g.op("Split", means, g.ints(n, n, 1), n=3, axis=-1)
     key, before = self.product(x, f"{path}.B"), self.state(f"{path}.state", [n])
     if f"{path}.state" in self.steps:
-        h, after = self.each_position(path, g.op("Exp", logs), g.op("Mul", dt, key), before)
+        after, h = self.each_position(path, partial(self._added, path), before, g.op("Exp", logs), g.op("Mul", dt, key))
     else:
         ones = g.op("Softmax", any_column, axis=-1)                                              # of one number: 1
         past = g.op("Reshape", before, g.ints(0, n, 1, 1))
@@ -146,32 +168,25 @@ def scan_s4(self:Writer, path:str, block:Mixer, x:str, rest)->str: # y (B,L,I)
 
 # %% ../../nbs/runtime/03_blocks.ipynb #e02ff3ce
 @patch
-def _mamba_step(self:Writer, dt:str, dx:str, B:str, C:str, rates:str, before:str)->list: # y (B,1,I), state (B,N,I)
-    "One position, written out."
+def _mamba_position(self:Writer, path:str, rates:str, before:str, dt:str, dx:str, B:str, C:str)->list:
+    "State (B,N,I), Δ and Δ·x (B,1,I), B (B,N,1), C (B,1,N) → state (B,N,I), y (B,1,I)."
     g = self.graph
-    added = g.op("Mul", g.op("Reshape", B, g.ints(0, -1, 1)), dx)
-    after = g.op("Add", g.op("Mul", g.op("Exp", g.op("Mul", dt, rates)), before), added)
-    return [g.op("MatMul", C, after), after]
+    after = g.op("Add", g.op("Mul", g.op("Exp", g.op("Mul", dt, rates)), before), g.op("Mul", B, dx))
+    after = self.rounded(after, f"{path}.state")
+    return [after, g.op("MatMul", C, after)]
 
 @patch
-def _mamba_prompt(self:Writer, dt:str, dx:str, B:str, C:str, rates:str, before:str, width:int)->list:
-    "Many positions: y (B,L,I), state (B,N,I)."
-    g = self.graph
-    logs = g.op("Mul", g.op("Unsqueeze", dt, g.ints(3)), g.op("Transpose", rates, perm=[1, 0]))  # (B,L,I,N)
-    past = g.op("Unsqueeze", g.op("Transpose", before, perm=[0, 2, 1]), g.ints(3))               # (B,I,N,1)
-    y, after = g.ms("LinearAttention", C, g.op("Tile", B, g.ints(1, 1, width)), dx, past,
-                    g.op("Reshape", logs, g.ints(0, 0, -1)), n=2, update_rule="gated", q_num_heads=1,
-                    kv_num_heads=width, scale=1.0)
-    return [y, g.op("Transpose", g.op("Squeeze", after, g.ints(3)), perm=[0, 2, 1])]
+def _mamba_step(self:Writer, rule, before:str, dt:str, dx:str, B:str, C:str)->list:
+    "One position, written out: what a loop around it costs is saved."
+    return rule(before, dt, dx, self.graph.op("Reshape", B, self.graph.ints(0, -1, 1)), C)
 
 @patch
-def _mamba_rounded(self:Writer, path:str, dt:str, dx:str, B:str, C:str, rates:str, before:str)->list:
-    "Positions one by one, the state on its grid: y (B,L,I), state (B,N,I)."
+def _mamba_prompt(self:Writer, path:str, rule, before:str, dt:str, dx:str, B:str, C:str)->list:
+    "Many positions: state (B,N,I), y (B,L,I)."
     g = self.graph
-    decay = g.op("Exp", g.op("Mul", g.op("Unsqueeze", dt, g.ints(2)), rates))                    # (B,L,N,I)
-    added = g.op("Mul", g.op("Unsqueeze", B, g.ints(3)), g.op("Unsqueeze", dx, g.ints(2)))
-    states, after = self.each_position(path, decay, added, before)
-    return [g.op("Squeeze", g.op("MatMul", g.op("Unsqueeze", C, g.ints(2)), states), g.ints(2)), after]
+    parts = [g.op("Unsqueeze", part, g.ints(at)) for part, at in ((dt, 2), (dx, 2), (B, 3), (C, 2))]
+    after, y = self.each_position(path, rule, before, *parts)
+    return [after, g.op("Squeeze", y, g.ints(2))]
 
 # %% ../../nbs/runtime/03_blocks.ipynb #9de13a49
 @patch
@@ -180,12 +195,12 @@ def scan_mamba(self:Writer, path:str, block:Mixer, x:str, rest)->str: # y (B,L,I
     g, rates = self.graph, -np.exp(self.numbers(f"{path}.A_log").astype(np.float64)).astype(np.float32)
     (width, n), rank = rates.shape, self.packed[f"{path}.dt_proj.weight"].shape[1]
     dt, B, C = g.op("Split", self.linear(x, f"{path}.x_proj"), g.ints(rank, n, n), n=3, axis=-1)
-    dt = g.op("Softplus", self.linear(dt, f"{path}.dt_proj", block.dt_proj))
+    dt = self.softplus(self.linear(dt, f"{path}.dt_proj", block.dt_proj))
     before = self.state(f"{path}.state", [n, width])
-    given = dt, g.op("Mul", dt, x), B, C, g.constant(f"{path}.A", np.ascontiguousarray(rates.T)), before
-    if f"{path}.state" in self.steps: y, after = self._mamba_rounded(path, *given)
-    else: y, after = g.branch(self._one_step(), lambda: self._mamba_step(*given),
-                              lambda: self._mamba_prompt(*given, width), 2)
+    rates = g.constant(f"{path}.A", np.ascontiguousarray(rates.T))
+    given, rule = (before, dt, g.op("Mul", dt, x), B, C), partial(self._mamba_position, path, rates)
+    after, y = g.branch(self.one_step(), lambda: self._mamba_step(rule, *given),
+                        lambda: self._mamba_prompt(path, rule, *given), 2)
     self.keep(f"{path}.state", after, [n, width])
     return g.op("Add", y, g.op("Mul", x, self.vector(f"{path}.D")))
 
@@ -195,7 +210,7 @@ def _mamba2_parts(self:Writer, path:str, block:Mixer, x:str, dt:str)->tuple: # x
     "What the recurrence reads: x (B,L,I), Δ (B,L,H), B and C (B,L,G·N), Δ·A (B,L,H)."
     g, wide = self.graph, block.groups*block.state_size
     x, B, C = g.op("Split", x, g.ints(block.d_inner, wide, wide), n=3, axis=-1)
-    dt = g.op("Softplus", g.op("Add", dt, self.vector(f"{path}.dt_bias")))
+    dt = self.softplus(g.op("Add", dt, self.vector(f"{path}.dt_bias")))
     if block.dt_limit is not None: dt = g.op("Clip", dt, *map(g.real, block.dt_limit))
     rates = -np.exp(self.numbers(f"{path}.A_log").astype(np.float64)).astype(np.float32)
     return x, dt, B, C, g.op("Mul", dt, g.constant(f"{path}.A", rates))
@@ -216,7 +231,7 @@ def _mamba2_rounded(self:Writer, path:str, block:Mixer, values:str, keys:str, C:
     g, (h, n, p) = self.graph, (block.heads, block.state_size, block.head_size)
     added = g.op("Mul", g.op("Reshape", keys, g.ints(0, 0, h, n, 1)), g.op("Reshape", values, g.ints(0, 0, h, 1, p)))
     decay = g.op("Reshape", g.op("Exp", logs), g.ints(0, 0, h, 1, 1))
-    states, after = self.each_position(path, decay, added, before)                               # (B,L,H,N,P)
+    after, states = self.each_position(path, partial(self._added, path), before, decay, added)   # (B,L,H,N,P)
     rows = g.op("Reshape", self._heads(C, block), g.ints(0, 0, h, 1, n))
     return [g.op("Reshape", g.op("MatMul", rows, states), g.ints(0, 0, -1)), after]
 
@@ -268,11 +283,14 @@ def _convolved(self:Writer, path:str, block:Mixer, x:str)->str:
     "The convolution over the last K positions, and SiLU."
     g, (channels, _, k) = self.graph, self.packed[f"{path}.conv1d.weight"].shape
     before = self.state(f"{path}.conv", [k - 1, channels])
-    bias = self.vector(f"{path}.conv1d.bias") if has_bias(block.conv1d) else ""
-    y, after = g.ms("CausalConvWithState", x, self.vector(f"{path}.conv1d.weight"), bias, before, n=2,
-                    activation="silu", channels_last=1)
-    self.keep(f"{path}.conv", after, [k - 1, channels])
-    return y
+    y = bias = self.vector(f"{path}.conv1d.bias") if has_bias(block.conv1d) else ""
+    weight, seen = self.numbers(f"{path}.conv1d.weight"), g.op("Concat", before, x, axis=1)
+    for at in range(k): # numbers of a channel that lie K − 1 − at positions back, times that tap's weight
+        part = g.op("Slice", seen, g.ints(at), g.ints(at + 1 - k), g.ints(1)) if at < k - 1 else x
+        tap = g.op("Mul", part, g.constant(f"{path}.conv1d.weight[{at}]", weight[:, 0, at]))
+        y = g.op("Add", y, tap) if at or bias else tap
+    self.keep(f"{path}.conv", g.op("Slice", seen, self.length(), g.ints(2**62), g.ints(1)), [k - 1, channels])
+    return g.ms("QuickGelu", y, alpha=1.0)                                                       # x · sigmoid(x)
 
 @patch
 def mixer(self:Writer, path:str, block:Mixer):
