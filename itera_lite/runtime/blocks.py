@@ -138,11 +138,11 @@ def _added(self:Writer, path:str, state:str, decay:str, u:str)->list:
 
 @patch
 def softplus(self:Writer, x:str)->str:
-    "log(1 + eˣ) as max(x, 0) + log1p(e), e = exp(−|x|); log1p(e) = log(u) · e/(u − 1), u = 1 + e (Kahan)."
+    "log(1 + e), e = eˣ, as log(u) · e/(u − 1), u = 1 + e: all digits of small ones too (Kahan). Ends at 88."
     g = self.graph
-    e = g.op("Max", g.op("Exp", g.op("Neg", g.op("Abs", x))), g.real(2**-23))                    # so that u is not 1
+    e = g.op("Exp", g.op("Clip", x, g.real(-15.9), g.real(88)))                                  # u is neither 1 nor ∞
     u = g.op("Add", e, g.real(1))
-    return g.op("Add", g.op("Relu", x), g.op("Mul", g.op("Log", u), g.op("Div", e, g.op("Sub", u, g.real(1)))))
+    return g.op("Mul", g.op("Log", u), g.op("Div", e, g.op("Sub", u, g.real(1))))
 
 # %% ../../nbs/runtime/03_blocks.ipynb #2cb3aa4f
 @patch
@@ -279,16 +279,24 @@ def _rotated(self:Writer, y:str, width:int)->str:
 
 # %% ../../nbs/runtime/03_blocks.ipynb #600815f0
 @patch
+def windows(self:Writer, k:int)->str: # (L,K)
+    "Which of K − 1 kept and L new positions each new one sees."
+    g = self.graph
+    if not hasattr(self, "_windows"):
+        end = g.op("Squeeze", self.length(), g.ints(0))
+        firsts = g.op("Range", g.constant("int[0]", np.int64(0)), end, g.constant("int[1]", np.int64(1)))
+        self._windows = g.op("Add", g.op("Unsqueeze", firsts, g.ints(1)), g.ints(*range(k)))
+    return self._windows
+
+@patch
 def _convolved(self:Writer, path:str, block:Mixer, x:str)->str:
     "The convolution over the last K positions, and SiLU."
     g, (channels, _, k) = self.graph, self.packed[f"{path}.conv1d.weight"].shape
     before = self.state(f"{path}.conv", [k - 1, channels])
-    y = bias = self.vector(f"{path}.conv1d.bias") if has_bias(block.conv1d) else ""
-    weight, seen = self.numbers(f"{path}.conv1d.weight"), g.op("Concat", before, x, axis=1)
-    for at in range(k): # numbers of a channel that lie K − 1 − at positions back, times that tap's weight
-        part = g.op("Slice", seen, g.ints(at), g.ints(at + 1 - k), g.ints(1)) if at < k - 1 else x
-        tap = g.op("Mul", part, g.constant(f"{path}.conv1d.weight[{at}]", weight[:, 0, at]))
-        y = g.op("Add", y, tap) if at or bias else tap
+    seen = g.op("Concat", before, x, axis=1)
+    taps = g.constant(f"{path}.conv1d.taps", self.numbers(f"{path}.conv1d.weight")[:, 0].T)      # (K,C)
+    y = g.op("ReduceSum", g.op("Mul", g.op("Gather", seen, self.windows(k), axis=1), taps), g.ints(2), keepdims=0)
+    if has_bias(block.conv1d): y = g.op("Add", y, self.vector(f"{path}.conv1d.bias"))
     self.keep(f"{path}.conv", g.op("Slice", seen, self.length(), g.ints(2**62), g.ints(1)), [k - 1, channels])
     return g.ms("QuickGelu", y, alpha=1.0)                                                       # x · sigmoid(x)
 
