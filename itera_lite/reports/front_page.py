@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRONT_RUN', 'TECHNIQUES', 'GOOD_PEER', 'HOLD', 'WANTS', 'LABELS', 'ROOMS', 'best_peer', 'find_row', 'front_rows_of',
-           'change', 'to_fp16', 'best_backends', 'relative_cost', 'link', 'technique_table', 'own_options', 'took',
-           'wants_table', 'published_run', 'picture', 'model_tokens', 'picture_caption', 'opening_of', 'notebooks_page',
+           'change', 'to_fp16', 'relative_cost', 'link', 'technique_table', 'own_options', 'took', 'wants_table',
+           'published_run', 'picture', 'model_tokens', 'picture_caption', 'opening_of', 'notebooks_page',
            'results_page', 'generated', 'write_generated']
 
 # %% ../../nbs/reports/05b_front_page.ipynb #060575a7
@@ -15,11 +15,12 @@ from pathlib import Path
 from ..base.core import project_root, write_atomic
 from ..base.record import Record, Row
 from ..base.show import markdown_table
+from .backends import MEASURED_BY, cost_rows
 from .entries import find_entries
 from .front import NOT_MADE, fp16_record, front_points, front_svg, made_of, same_model
 from .numbers import SHOW, signed
 from .readme import readme_table, with_stored_bytes
-from .tables import SEED, front_rows, line_name, reported_rows, worst_seed
+from .tables import SEED, front_rows, line_name, reported_rows, seed_hashes, worst_seed
 
 # %% ../../nbs/reports/05b_front_page.ipynb #f83b809c
 FRONT_RUN = "tinystories" # the run that README is about
@@ -85,29 +86,15 @@ def to_fp16(records:list[Record], record:Record, row:Row)->str: # – where the 
     return SHOW["ratio"](row.ratio/fp16.ratio)
 
 # %% ../../nbs/reports/05b_front_page.ipynb #78179f7a
-def best_backends(
-    runtime:Record|None, # of 10_cpu_validation
-)->dict[str, Row]: # sha256 of a folder's weights → its row in the fastest backend that keeps them as they are
-    "Each folder in its best backend."
-    best = {}
-    for r in runtime.results if runtime else ():
-        own = r.status == "ok" and r.artifact_sha256 and r.speed and r.speed.storage == r.precision
-        if not own or not r.speed.decode_tokens_per_s: continue
-        known = best.get(r.artifact_sha256)
-        if known is None or r.speed.decode_tokens_per_s > known.speed.decode_tokens_per_s: best[r.artifact_sha256] = r
-    return best
-
 def relative_cost(
     records:dict[str, Record], # notebook → record of one run
     record:Record, row:Row,
 )->tuple[str, str]: # decode speed and peak memory, as multiples of FP32's; – where they were not measured
     "A row in its best backend against FP32 in its best; a seed that was not kept has the cost of one that was."
-    runtime = records.get("10_cpu_validation")
-    best, alike = best_backends(runtime), SEED.sub("", row.name)
-    hashes = [row.artifact_sha256, *(r.artifact_sha256 for r in record.results if SEED.sub("", r.name) == alike)]
-    mine = next((best[h] for h in hashes if h in best), None)
-    fp32 = runtime and best.get(runtime.row(runtime.baseline).artifact_sha256)
-    if not (mine and fp32): return "–", "–"
+    runtime = records.get(MEASURED_BY)
+    found = cost_rows(runtime, seed_hashes(record, row))
+    if not found: return "–", "–"
+    mine, fp32 = (runtime.results[i] for i in found)
     speed = SHOW["ratio"](mine.speed.decode_tokens_per_s/fp32.speed.decode_tokens_per_s)
     memory = [r.peak_rss_bytes for r in (mine, fp32)]
     return f"{speed} ({mine.speed.backend})", SHOW["ratio"](memory[0]/memory[1]) if all(memory) else "–"

@@ -73,7 +73,8 @@ def number(
     return Markup(DATA).format(value, source, show, "", value, source, SHOW[show](value))
 
 # %% ../../nbs/reports/03_numbers.ipynb #9da66f1d
-HOW = {"mean": fmean, "least": min, "most": max} # name → what it makes of several numbers
+# name → what it makes of several numbers; `over`: the first over the second
+HOW = {"mean": fmean, "least": min, "most": max, "over": lambda values: values[0]/values[1]}
 
 def aggregate(
     entry:Entry,

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from ..base.record import Record
 from ..base.core import RunError, project_path, write_atomic
 from ..base.show import difference_figure, pareto_front
+from .backends import MEASURED_BY
 from .entries import Entry, find_entries
 from itera_lite.reports.figures import (
     EDGE, comparison_figure, curve_figure, kinds_figure, radar_figure, radar_missing,
@@ -112,13 +113,13 @@ def asks(entries:Iterable[Entry])->bool:
     "Whether a run set a limit on quality."
     return any(e.record and e.record.criteria for e in entries)
 
-def _part(entry:Entry)->dict: # what the template needs
+def _part(entry:Entry, runtime:Entry|None)->dict: # what the template needs
     "One notebook's section of the overview."
     figures, notes = record_figures(entry)
     return dict(
         entry=entry, anchor=anchor(entry.run, entry.notebook), sentences=sentences(entry), notes=notes,
         figures=[plot_html(f) for f in figures], titles=[f.layout.title.text for f in figures],
-        table=results_table(entry) if entry.record.results else None, others=other_tables(entry),
+        table=results_table(entry, runtime) if entry.record.results else None, others=other_tables(entry),
     )
 
 # %% ../../nbs/reports/08_report.ipynb #55bca5cc
@@ -127,7 +128,9 @@ def overview(entries:list[Entry])->str: # HTML
     runs = []
     for name in dict.fromkeys(e.run for e in entries):
         mine = [e for e in entries if e.run == name]
-        parts = [_part(e) for e in mine if e.record is not None]
+        recorded = [e for e in mine if e.record is not None]
+        runtime = next((e for e in recorded if e.notebook == MEASURED_BY), None)
+        parts = [_part(e, runtime) for e in recorded]
         runs.append(dict(name=name, anchor=anchor("run", name), entries=mine, parts=parts))
     made = templates(
         best=best_of_run, line_name=line_name, interval=interval, number=number, anchor=anchor, headline=headline,

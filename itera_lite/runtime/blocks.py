@@ -136,6 +136,7 @@ def _added(self:Writer, path:str, state:str, decay:str, u:str)->list:
     new = self.rounded(self.graph.op("Add", self.graph.op("Mul", decay, state), u), f"{path}.state")
     return [new, self.graph.op("Identity", new)]
 
+# %% ../../nbs/runtime/03_blocks.ipynb #b6a9b2bf
 @patch
 def softplus(self:Writer, x:str)->str:
     "log(1 + e), e = eˣ, as log(u) · e/(u − 1), u = 1 + e: all digits of small ones too (Kahan). Ends at 88."
