@@ -115,6 +115,7 @@ def bench_size(
     read = [reading("torch eager FP32", model, ids), *(reading(f"ONNX {p}", g, ids) for p, g in loaded.items())]
     return dict(decoding=time_sides(sides, rounds, threads, 1), reading=time_sides(read, rounds, threads, 1))
 
+# %% ../../nbs/bench/04_runtime.ipynb #8ec2d2e5
 LIMITS = { # asked of these sizes only, not of every one
     "graph over torch": ("77M",), "batch of 8": ("77M",), "reading": ("11M",)}
 
