@@ -31,7 +31,6 @@ class Side:
     name: str
     make: Callable[[], Callable[[], None]]
     units: float
-    calls: int = 1 # per round
 
 # %% ../../nbs/bench/01_bench.ipynb #7becf079
 def time_sides(
@@ -39,14 +38,15 @@ def time_sides(
     rounds:int=7,
     threads:int=2,
     warmup:int=2, # rounds that do not count; compilation happens here
+    seconds:float=0.2, # of a measurement, at least: what the side before left running, such as waiting threads, ends
 )->dict[str, list[float]]: # units per second of each side, round by round
     "Time all sides in turns."
     timers = {s.name: Timer("f()", globals={"f": s.make()}, num_threads=threads) for s in sides}
     rates = {s.name: [] for s in sides}
     for r in range(-warmup, rounds):
         for s in sides:
-            seconds = timers[s.name].timeit(s.calls).mean
-            if r >= 0: rates[s.name].append(s.units/seconds)
+            took = timers[s.name].blocked_autorange(min_run_time=seconds).median
+            if r >= 0: rates[s.name].append(s.units/took)
     return rates
 
 # %% ../../nbs/bench/01_bench.ipynb #52ad7efa
@@ -158,7 +158,7 @@ def own_decoding(c, compiled:bool=False, new_tokens:int=64)->Side:
         model = build_model(c).eval()
         if compiled: compile_step(model)
         return lambda: generate(model, torch.tensor([1]), new_tokens, temperature=0)
-    return Side(f"s4{' compiled' if compiled else ''}", make, new_tokens, calls=4)
+    return Side(f"s4{' compiled' if compiled else ''}", make, new_tokens)
 
 def peer_decoding(name:str, build:Callable, c, compiled:bool=False, new_tokens:int=64)->Side:
     "The peer's own `generate`, greedy, at batch 1 with its cache."
@@ -166,7 +166,7 @@ def peer_decoding(name:str, build:Callable, c, compiled:bool=False, new_tokens:i
         model, settings = build(c).eval(), dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
         if compiled: model.forward = torch.compile(model.forward)
         return lambda: model.generate(torch.tensor([[1]]), **settings)
-    return Side(f"{name}{' compiled' if compiled else ''}", make, new_tokens, calls=2)
+    return Side(f"{name}{' compiled' if compiled else ''}", make, new_tokens)
 
 # %% ../../nbs/bench/01_bench.ipynb #2a1d8b67
 def decoding_at(c, position:int, new_tokens:int=64)->Side:
@@ -180,7 +180,7 @@ def decoding_at(c, position:int, new_tokens:int=64)->Side:
             state = start
             for _ in range(new_tokens): _, state = model.step(token, state)
         return steps
-    return Side(f"position {position}", make, new_tokens, calls=4)
+    return Side(f"position {position}", make, new_tokens)
 
 # %% ../../nbs/bench/01_bench.ipynb #143fc851
 def matrix_product(n:int=2048)->Side:

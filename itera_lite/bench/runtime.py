@@ -76,13 +76,12 @@ def decoding(
     model, # with `prefill` and `step`
     batch_size:int=1,
     tokens:int=32, # to write after a prompt of one token
-    calls:int=1,
 )->Side:
     "Greedy decoding through `generate`."
     ids = torch.ones(batch_size, 1, dtype=torch.long)
-    return Side(name, lambda: partial(generate, model, ids, tokens, temperature=0), batch_size*tokens, calls)
+    return Side(name, lambda: partial(generate, model, ids, tokens, temperature=0), batch_size*tokens)
 
-def bare(name:str, model:OnnxModel, tokens:int=32, calls:int=1)->Side:
+def bare(name:str, model:OnnxModel, tokens:int=32)->Side:
     "The same steps by the session alone, from two sets of buffers in turns, without choosing tokens."
     def make():
         states = [model.init_state(1) for _ in range(2)]
@@ -91,7 +90,7 @@ def bare(name:str, model:OnnxModel, tokens:int=32, calls:int=1)->Side:
         def steps(states=states): # which keeps the buffers
             for i in range(tokens): model.session.run_with_iobinding(bindings[i % 2])
         return steps
-    return Side(name, make, tokens, calls)
+    return Side(name, make, tokens)
 
 def reading(name:str, model, ids:torch.Tensor)->Side:
     "Prefill of a prompt."
@@ -233,7 +232,7 @@ def compiled_sides(name:str, model, threads:int, **how)->list[Side]:
     "Decoding by compiled steps, at one thread and at several."
     from itera_lite.runtime.compiled import compiled_step
     def side(n): return Side(f"{name}, compiled step, threads {n}", lambda: decoding(
-        "", compiled_step(model, 1, n), **how).make(), how["tokens"], how["calls"])
+        "", compiled_step(model, 1, n), **how).make(), how["tokens"])
     return [side(n) for n in sorted({1, threads})]
 
 def packed_sides(name:str, model, threads:int, **how)->list[Side]:
@@ -246,14 +245,14 @@ def backends(
     path, # of its graph
     threads:int,
     compiled:bool, # what a compiler makes too
-    **how, # tokens, calls
+    **how, # tokens
 )->tuple[list[Side], list]: # sides, remarks
     "Decoding of a model in every backend that there is."
     sides, remarks = [decoding(f"{name}, torch eager", model, **how)], []
     sides += [decoding(f"{name}, ONNX, threads {n}", load_onnx(path, n), **how) for n in sorted({1, threads})]
     if compiled and name == "FP32":
         sides.append(Side(f"{name}, torch compiled", lambda: decoding(
-            "", compile_step(model), **how).make(), how["tokens"], how["calls"]))
+            "", compile_step(model), **how).make(), how["tokens"]))
     more = {"compiled": compiled_sides} if compiled else {}
     if name != "FP32": more["products"] = packed_sides
     for module, make in more.items():
@@ -269,12 +268,12 @@ def best_backend(rates:dict, name:str)->str:
 def bench_published(
     models:dict, paths:dict, # name → model, → graph
     rounds:int, threads:int, compiled:bool, with_peers:bool,
-    tokens:int=64, calls:int=4,
+    tokens:int=64,
 )->tuple[dict, list]: # rates and ratios; remarks
     "Decoding tokens/s of the published models in each backend, of Hugging Face Mamba, and the matrix-product rate."
     c, sides, remarks = models["FP32"].config, [matrix_product()], []
     for name, model in models.items():
-        made, missing = backends(name, model, paths[name], threads, compiled, tokens=tokens, calls=calls)
+        made, missing = backends(name, model, paths[name], threads, compiled, tokens=tokens)
         sides, remarks = sides + made, remarks + missing
     for flag in [False, True][:1 + compiled]:
         if with_peers: sides.append(peer_decoding("HF Mamba", hf_mamba, c, flag, tokens))
@@ -356,7 +355,7 @@ def bench_runtime(
     before, published = torch.get_num_threads(), Path(published or runs_dir()/"published"/"tinystories")
     torch.set_num_threads(threads)
     how = dict(tokens=4, prompt=16) if quick else dict(tokens=32, prompt=512)
-    few = dict(tokens=4, calls=1) if quick else {}
+    few = dict(tokens=4) if quick else {}
     try:
         with tempfile.TemporaryDirectory(prefix="itera-lite-") as folder:
             models, folders, remarks = published_models(published, quick)
