@@ -1,36 +1,49 @@
-"""The job script on a real Slurm, where sbatch reaches a cluster that shares this file system; elsewhere it skips."""
+"""Jobs on a real Slurm: one that answers here, else one that is started for the tests; without Slurm they skip."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 from test_jobs import BUSY, FINISH, PARAMETERS, write_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "slurm/run_notebook.sbatch"
+pytestmark = pytest.mark.timeout(600)
 
 
-def reachable():
-    if not shutil.which("sbatch"):
+def answers():
+    """Whether a cluster that shares this file system can be asked."""
+    if not shutil.which("sinfo"):
         return False
-    return (
-        subprocess.run(
-            ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, timeout=30
-        ).stdout.strip()
-        != ""
-    )
+    asked = subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, timeout=60)
+    return bool(asked.stdout.strip())
 
 
-needs_slurm = pytest.mark.skipif(not reachable(), reason="no Slurm cluster answers sinfo: the job script was NOT run")
+@pytest.fixture(scope="session")
+def cluster():
+    """A cluster to submit to."""
+    if answers():
+        yield "the machine's own"
+        return
+    if why := slurm_cluster.missing():
+        pytest.skip(f"no Slurm cluster: the job tests were NOT run: {why}")
+    try:
+        slurm_cluster.start()
+        yield "started for the tests"
+    finally:
+        slurm_cluster.stop()
+        os.environ.pop("SLURM_CONF", None)
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(cluster, tmp_path):
     """A small project as a job sees it: the script, the environment, a toy notebook that waits as told."""
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = itera_lite\n")
     write_notebook(
@@ -88,7 +101,6 @@ def wait_until_it_waits(project, job, run, seconds):
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
-@needs_slurm
 def test_job_runs_a_notebook_and_its_record_names_the_job(project):
     job = submit(project, "03_training")
     assert wait_for(job, *ENDED, seconds=60) == "COMPLETED", log(project, job)
@@ -98,7 +110,6 @@ def test_job_runs_a_notebook_and_its_record_names_the_job(project):
     assert "metadata" in executed(project, f"job-{job}")
 
 
-@needs_slurm
 @pytest.mark.parametrize(
     "arguments", [("no_such_notebook",), ("03_training", "no_such_preset")], ids=["notebook", "preset"]
 )
@@ -110,7 +121,6 @@ def test_job_fails_with_one_line_and_the_runners_status(project, arguments):
     assert arguments[-1] in line and "Traceback" not in log(project, job)
 
 
-@needs_slurm
 @pytest.mark.parametrize("options", [("--batch", "--signal=TERM"), ()], ids=["time is running out", "cancelled"])
 def test_stopped_job_leaves_a_notebook_that_says_so(project, options):
     """Slurm signals the batch step, which exec has made the runner; a plain scancel reaches every process of it."""
@@ -124,7 +134,6 @@ def test_stopped_job_leaves_a_notebook_that_says_so(project, options):
         time.sleep(0.2)
 
 
-@needs_slurm
 def test_requeued_job_goes_on_in_the_same_run(project):
     """What Slurm does when a node fails: the same job id, hence the same run."""
     job = submit(project, "03_training", "laptop")
@@ -132,7 +141,7 @@ def test_requeued_job_goes_on_in_the_same_run(project):
     (project / "slurm/params/03_training/laptop.yaml").write_text("wait: 0\n")
     subprocess.run(["scontrol", "requeue", job], check=True)
     assert wait_for(job, "COMPLETED", "FAILED", "CANCELLED", seconds=300) == "COMPLETED", log(project, job)
-    assert "restart 1" in log(project, job)
+    assert "turn 2" in log(project, job)
     assert (
         json.loads((project / f"papermill_runs/job-{job}/03_training/metrics.json").read_text())["run"]["job_id"] == job
     )
@@ -153,3 +162,151 @@ def test_script_without_an_environment_says_what_to_do(tmp_path):
     environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
     done = subprocess.run(["bash", ROOT / SCRIPT, "03_training"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "make setup" in done.stderr
+
+
+# --- what `itera-lite submit` queues
+
+
+TOY = "\nwait = 0\nfail = False\nx = 0.0"
+CELLS = ("import time; time.sleep(wait)", "assert not fail, 'told to fail'")
+
+
+def git(project, *words):
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    return subprocess.run(["git", *identity, *words], cwd=project, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(cluster, tmp_path):
+    """A project under git with three toy notebooks."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "settings.ini").write_text("[DEFAULT]\nlib_name = itera_lite\n")
+    for name in ("03_training", "04_evaluation", "07_mixed_precision"):
+        write_notebook(project, name, *CELLS, FINISH.format(name=name), parameters=PARAMETERS + TOY)
+        (project / f"slurm/params/{name}/smoke.yaml").write_text("wait: 0\n")
+    (project / "slurm/params/resources.yaml").write_text("smoke: {time: 5, memory: 1G, cpus: 1}\n")
+    shutil.copy(ROOT / SCRIPT, project / SCRIPT)
+    (project / ".gitignore").write_text("papermill_runs/\n.venv\n")
+    (project / ".venv").symlink_to(sys.prefix)
+    git(project, "init", "--quiet")
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message=toy")
+    return project
+
+
+def command(project, *words, status=0):
+    """What `itera-lite …` printed."""
+    environment = {**os.environ, "ITERA_LITE_ROOT": str(project)}
+    done = subprocess.run(
+        [sys.executable, "-m", "itera_lite.app.cli", *map(str, words)], cwd=project, env=environment,
+        capture_output=True, text=True,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def states(project, run):
+    """Name → state and detail, of every job of a run."""
+    return {s["name"]: (s["state"], s["detail"]) for s in json.loads(command(project, "status", run, "--json"))}
+
+
+def until(project, run, condition, seconds):
+    end = time.monotonic() + seconds * BUSY
+    while not condition(found := states(project, run)):
+        assert time.monotonic() < end, found
+        time.sleep(1)
+    return found
+
+
+def ended(found):
+    return all(state not in ("pending", "running") for state, _ in found.values())
+
+
+def test_chain_runs_what_was_submitted_though_the_tree_changes(repository):
+    said = command(repository, "submit", "--preset", "smoke", "--notebooks", "03,04,07", "--run", "chain", "-p", "wait=4")
+    assert "03_training: job" in said
+    write_notebook(repository, "04_evaluation", "raise SystemExit('the tree has changed')", parameters=PARAMETERS + TOY)
+    found = until(repository, "chain", ended, 180)
+    assert {state for state, _ in found.values()} == {"done"}, found
+    records = [json.loads((repository / f"papermill_runs/chain/{n}/metrics.json").read_text()) for n in found]
+    started = {r["notebook"]: r["run"]["started"] for r in records}
+    assert started["03_training"] < min(started["04_evaluation"], started["07_mixed_precision"])
+    assert len({r["run"]["job_id"] for r in records}) == 3
+    again = command(repository, "submit", "--preset", "smoke", "--notebooks", "03,07", "--run", "chain", "-p", "wait=4",
+                    "--local", "--this-tree")
+    assert "nothing to do" in again
+
+
+def test_what_depends_on_a_failure_is_not_left_waiting(repository):
+    command(repository, "submit", "--preset", "smoke", "--notebooks", "03,04", "--run", "broken", "-p", "fail=true")
+    found = until(repository, "broken", ended, 120)
+    assert found["03_training"][0] == "failed" and "told to fail" in found["03_training"][1]
+    assert found["04_evaluation"][0] == "cancelled"
+
+
+def test_sweep_with_failures_goes_on_where_it_failed(repository):
+    sweep = repository / "lr.yaml"
+    sweep.write_text("notebook: 03_training\nsweep: {x: {linear: [0, 1], n: 3}, fail: [false, true]}\nat_once: 2\n")
+    command(repository, "submit", "--sweep", sweep)
+    found = until(repository, "lr", ended, 240)
+    assert sorted(state for state, _ in found.values()) == ["done"] * 3 + ["failed"] * 3
+    assert all("told to fail" in detail for state, detail in found.values() if state == "failed")
+    assert "3 rows" in command(repository, "collect", "lr", "--out", repository / "records.parquet")
+    said = command(repository, "submit", "--sweep", sweep)
+    assert "3 points" in said, said  # those that failed
+    until(repository, "lr", ended, 240)
+    table = command(repository, "collect", "lr", "--out", repository / "records.csv")
+    assert "3 rows" in table and len((repository / "records.csv").read_text().splitlines()) == 4
+
+
+def test_warned_of_the_time_limit_a_job_takes_another_turn(repository):
+    command(repository, "submit", "--preset", "smoke", "--notebooks", "03", "--run", "turns", "-p", "wait=30")
+    until(repository, "turns", lambda found: "cell 2" in found["03_training"][1], 60)
+    job = json.loads(next((repository / "papermill_runs/turns/jobs").glob("*-submission.json")).read_text())
+    job = job["jobs"][0]["job_id"]
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    assert wait_for(job, "COMPLETED", "FAILED", seconds=240) == "COMPLETED"
+    text = (repository / f"papermill_runs/turns/jobs/03_training-{job}.log").read_text()
+    assert "queued again" in text and "turn 2" in text
+
+
+def test_cancel_takes_back_what_waits_and_stops_what_runs(repository):
+    command(repository, "submit", "--preset", "smoke", "--notebooks", "03,04", "--run", "gone", "-p", "wait=300")
+    until(repository, "gone", lambda found: found["03_training"][0] == "running", 60)
+    assert "2 jobs cancelled" in command(repository, "cancel", "gone")
+    found = until(repository, "gone", ended, 60)
+    assert found["04_evaluation"][0] == "cancelled" and found["03_training"][0] in ("cancelled", "failed")
+
+
+@pytest.mark.parametrize(
+    ("words", "contains"),
+    [
+        (("--partition", "nowhere"), "unknown partition 'nowhere'"),
+        (("--memory", "900G"), "921,600 MB asked for"),
+        (("--run", "../out"), "the name of a folder"),
+        (("-p", "wiat=3"), "unknown parameter"),
+        (("--notebooks", "33"), "unknown notebook"),
+    ],
+    ids=["partition", "memory", "run", "parameter", "notebook"],
+)
+def test_what_cannot_run_is_refused_and_nothing_is_queued(repository, words, contains):
+    before = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True).stdout
+    named = () if "--notebooks" in words else ("--notebooks", "03")
+    said = command(repository, "submit", "--preset", "smoke", *named, *words, status=1)
+    assert contains in said and "Traceback" not in said
+    assert subprocess.run(["squeue", "--noheader"], capture_output=True, text=True).stdout == before
+    assert not (repository / "papermill_runs/smoke/jobs").exists()
+
+
+def test_uncommitted_changes_are_refused(repository):
+    (repository / "nbs/03_training.ipynb").write_text((repository / "nbs/03_training.ipynb").read_text() + "\n")
+    said = command(repository, "submit", "--preset", "smoke", "--notebooks", "03", status=1)
+    assert "commit them" in said and "nbs/03_training.ipynb" in said
+
+
+def test_without_slurm_the_queue_runs_here(repository):
+    said = command(repository, "submit", "--preset", "smoke", "--notebooks", "03,04,07", "--run", "here", "--local",
+                   "--at-most", "2")
+    assert "07_mixed_precision: job local-2" in said
+    assert {state for state, _ in states(repository, "here").values()} == {"done"}

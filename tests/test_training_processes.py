@@ -29,10 +29,11 @@ def toy(experts):
     return build_model(named_config("micro", **fields, **dense)), stream
 
 
-def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
+def train_toy(folder, batch_size, looks=None, experts=False, steps=12, sharding=False):
     """The toy's losses and weights; with `looks`, it is asked to stop when it has looked for a request so often."""
     from itera_lite.base.system import StopSignals
     from itera_lite.training.config import TrainConfig
+    from itera_lite.training.sharding import whole
     from itera_lite.training.trainer import Trainer, TrainingInterrupted, deterministic
 
     model, stream = toy(experts)
@@ -47,6 +48,7 @@ def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
         log_every_steps=1,
         checkpoint_every_steps=5,
         device="cpu",
+        sharding=sharding,
     )
     trainer = Trainer(model, stream, stream, config, folder, seed=3, progress=False)
     stop = StopSignals()
@@ -63,7 +65,7 @@ def train_toy(folder, batch_size, looks=None, experts=False, steps=12):
             return trainer.at.step
     losses = [[row["step"], row["train_loss"], row["val_nll"]] for row in trainer.at.rows]
     return {
-        "losses": losses, "weights": [p.detach().flatten().tolist() for p in model.parameters()],
+        "losses": losses, "weights": [whole(p.detach()).flatten().tolist() for p in model.parameters()],
         "processes": trainer.processes,
     }
 
@@ -76,6 +78,10 @@ def each_process(folder):
         "alone": train_toy(folder / "alone", batch_size=4, experts=True),
         "stopped_at": train_toy(folder / "stopped", batch_size=4, experts=True, looks=16),
         "resumed": train_toy(folder / "stopped", batch_size=4, experts=True),
+        "sharded": train_toy(folder / "sharded", batch_size=4, sharding=True),
+        "sharded_stopped_at": train_toy(folder / "sharded-stopped", batch_size=4, looks=16, sharding=True),
+        "sharded_resumed": train_toy(folder / "sharded-stopped", batch_size=4, sharding=True),
+        "left_at": train_toy(folder / "left", batch_size=4, looks=16, sharding=True),
     }
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
 
@@ -119,6 +125,35 @@ def test_stopped_and_resumed_on_two_processes_gives_the_same_bits(two_processes)
     for outcome in two_processes:
         assert 0 < outcome["stopped_at"] < 12
         assert outcome["resumed"] == outcome["alone"]
+
+
+def close(one, other, tolerance):
+    """Whether two runs have the same losses, step by step, relative to their size."""
+    assert len(one["losses"]) == len(other["losses"]) == 13
+    for a, b in zip(one["losses"], other["losses"], strict=True):
+        assert a[0] == b[0]
+        pairs = zip(a[1:], b[1:], strict=True)
+        assert all(x == y or abs(x - y) <= tolerance * abs(y) for x, y in pairs), (a, b)
+
+
+def test_sharded_weights_give_the_same_losses(two_processes):
+    for outcome in two_processes:
+        close(outcome["sharded"], outcome["dense"], 1e-5)
+        assert 0 < outcome["sharded_stopped_at"] < 12
+        assert outcome["sharded_resumed"] == outcome["sharded"]
+
+
+def test_a_run_of_two_processes_goes_on_with_one(two_processes, tmp_path_factory, capsys):
+    """A node is gone: its share of each step is the other's, and so is the checkpoint."""
+    import torch
+
+    folder = tmp_path_factory.getbasetemp() / "two0/left"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = train_toy(folder, batch_size=8)
+    torch.set_num_threads(threads)
+    assert "processes is 1, was 2" in capsys.readouterr().out
+    close(alone, two_processes[0]["dense"], 1e-5)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,9 @@ def report_command(
     "Make the report of executed notebooks: pages that work offline."
     write_report(folders, out)
 
+# %% ../../nbs/app/01_cli.ipynb #eca437f1
+from .jobs import folder_of # noqa: F401 - the commands for jobs stand here in the list
+
 # %% ../../nbs/app/01_cli.ipynb #5e2aeb35
 from .running import Backend, read_tokenizer # its commands stand here in the list
 

@@ -41,6 +41,7 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32" # of the forward and backward pass; weights stay fp32
     device: Literal["auto", "cpu"] = "auto" # auto: an accelerator where there is one
     compile: bool = False # torch.compile the loss
+    sharding: bool = False # FSDP: each of several processes keeps a share of weights, gradients and moments
 
     def __init__(self, **fields):
         try: super().__init__(**fields)
