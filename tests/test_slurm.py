@@ -310,3 +310,61 @@ def test_without_slurm_the_queue_runs_here(repository):
                    "--at-most", "2")
     assert "07_mixed_precision: job local-2" in said
     assert {state for state, _ in states(repository, "here").values()} == {"done"}
+
+
+# --- the project itself, at the commit that is checked out
+
+
+@pytest.fixture(scope="module")
+def clone(cluster, tmp_path_factory):
+    """The project's own commit, with the environment of the tests."""
+    folder = tmp_path_factory.mktemp("clone") / "itera-lite"
+    made = subprocess.run(["git", "clone", "--quiet", ROOT, folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"the project is no git repository, so nothing of it was submitted: {made.stderr.strip()}")
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+SMALL = (
+    "-p", "max_tokens=40960", "-p", "eval_every_tokens=10240", "-p", "eval_tokens=2048", "-p", "limit_documents=300",
+    "-p", "device=cpu", "-p", "prompts=[]",
+)
+
+
+def curve(clone, run):
+    record = json.loads((clone / f"papermill_runs/{run}/03_training/metrics.json").read_text())
+    return record["curves"], record["run"]
+
+
+def test_two_nodes_train_as_one_process_does(clone):
+    command(clone, "submit", "--preset", "smoke", "--notebooks", "03", "--run", "two", "--nodes", "2", *SMALL)
+    command(clone, "submit", "--preset", "smoke", "--notebooks", "03", "--run", "one", *SMALL)
+    for run in ("two", "one"):
+        found = until(clone, run, ended, 300)
+        log = next((clone / f"papermill_runs/{run}/jobs").glob("*.log")).read_text()
+        assert found["03_training"][0] == "done", log
+        assert ("2 nodes" in log) == (run == "two")
+    (two, _), (one, _) = curve(clone, "two"), curve(clone, "one")
+    (name,) = one
+    losses = [[row["val_bpb"] for row in c[name]] for c in (two, one)]
+    assert len(losses[0]) == len(losses[1]) > 3
+    assert all(abs(a - b) <= 1e-5 * b for a, b in zip(*losses, strict=True)), losses
+
+
+def test_a_node_that_dies_leaves_a_failure_and_a_checkpoint(clone):
+    words = ("--preset", "smoke", "--notebooks", "03", "--run", "dies", "-p", "checkpoint_every_steps=5", *SMALL,
+             "-p", "max_tokens=400000")
+    command(clone, "submit", "--nodes", "2", *words)
+    folder = clone / "papermill_runs/dies/03_training/training"
+    end = time.monotonic() + 240 * BUSY
+    while not list(folder.glob("checkpoint-*[1-9]*-1")):
+        assert time.monotonic() < end, states(clone, "dies")
+        time.sleep(0.2)
+    killed = subprocess.run(["pkill", "--signal=KILL", "--newest", "--full", "itera_lite.training.nodes.*dies"])
+    assert killed.returncode == 0
+    found = until(clone, "dies", ended, 120)
+    assert found["03_training"][0] == "failed" and "what was saved is kept" in found["03_training"][1], found
+    command(clone, "submit", *words)  # on one node, from the checkpoint
+    assert until(clone, "dies", ended, 300)["03_training"][0] == "done"
+    assert curve(clone, "dies")[1]["parameters"]["max_tokens"] == 400_000

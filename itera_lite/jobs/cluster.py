@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from itera_lite.base.core import (
     ConfigError, PRESETS, RunError, Strict, first_problem, portable_path, project_root, unknown,
 )
+from .notebooks import TRAINING
 
 # %% ../../nbs/jobs/03_cluster.ipynb #3873d5ed
 UNITS = {"K": 1/1024, "M": 1, "G": 1024, "T": 1024**2} # megabytes
@@ -179,6 +180,7 @@ def resources(
         raise ConfigError(f"{source} must hold a line for preset {preset}")
     own = ((table.get("notebooks") or {}).get(notebook) or {}).get(preset) or {}
     given = {name: value for name, value in overrides.items() if value not in (None, "")}
+    if notebook != TRAINING: given.pop("nodes", None) # nothing else runs on several
     return as_request({**table[preset], **own, **given}, source)
 
 # %% ../../nbs/jobs/03_cluster.ipynb #42743217

@@ -321,7 +321,7 @@ def start(
     number = "" if entry.task is None else f"-{entry.job.first + entry.task}"
     log = runs_dir()/s.run/JOBS/f"{entry.job.notebook}-local{number}.log"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")])), "ITERA_LITE_ROOT": str(tree),
-           "OMP_NUM_THREADS": str(entry.job.request.cpus)}
+           "OMP_NUM_THREADS": str(entry.job.request.cpus), "ITERA_LITE_NODES": str(entry.job.request.nodes)}
     if entry.task is not None: env["ITERA_LITE_TASK"] = str(entry.task)
     with open(log, "ab") as out:
         entry.process = subprocess.Popen(
