@@ -128,12 +128,17 @@ def test_stopped_and_resumed_on_two_processes_gives_the_same_bits(two_processes)
 
 
 def close(one, other, tolerance):
-    """Whether two runs have the same losses, step by step, relative to their size."""
+    """Check that two runs have the same losses, step by step, relative to their size."""
     assert len(one["losses"]) == len(other["losses"]) == 13
     for a, b in zip(one["losses"], other["losses"], strict=True):
         assert a[0] == b[0]
         pairs = zip(a[1:], b[1:], strict=True)
         assert all(x == y or abs(x - y) <= tolerance * abs(y) for x, y in pairs), (a, b)
+
+
+def test_experts_are_balanced_over_all_processes(two_processes):
+    """Dropout differs, so the first loss is compared: before any step it has the balancing loss of the whole batch."""
+    assert two_processes[0]["alone"]["weights"] == two_processes[1]["alone"]["weights"]
 
 
 def test_sharded_weights_give_the_same_losses(two_processes):
