@@ -3,8 +3,8 @@
     python tests/slurm_cluster.py start [--nodes 2] [--cpus 2] [--memory 6000] [--gpus 0]
     python tests/slurm_cluster.py stop
 
-It needs root and the packages `slurm-wlm` and `munge` (Debian, Ubuntu). Everything lies in one folder, keys and logs too;
-the machine's own /etc/slurm is left alone. A process uses the cluster when SLURM_CONF names the configuration.
+It needs root and the packages `slurm-wlm` and `munge` (Debian, Ubuntu). Everything lies in one folder, keys and logs
+too; the machine's own /etc/slurm is left alone. A process uses the cluster when SLURM_CONF names the configuration.
 """
 
 import argparse

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -224,7 +223,8 @@ def ended(found):
 
 
 def test_chain_runs_what_was_submitted_though_the_tree_changes(repository):
-    said = command(repository, "submit", "--preset", "smoke", "--notebooks", "03,04,07", "--run", "chain", "-p", "wait=4")
+    words = ("--preset", "smoke", "--notebooks", "03,04,07", "--run", "chain", "-p", "wait=4")
+    said = command(repository, "submit", *words)
     assert "03_training: job" in said
     write_notebook(repository, "04_evaluation", "raise SystemExit('the tree has changed')", parameters=PARAMETERS + TOY)
     found = until(repository, "chain", ended, 180)

@@ -102,7 +102,7 @@ def on_stop(
 
 # %% ../../nbs/base/05_system.ipynb #b503ddcd
 class StopSignals:
-    "While entered, stop signals set `received` and do not end the process; overdue, or Ctrl-C twice: KeyboardInterrupt."
+    "While entered, stop signals set `received` and end nothing; overdue, or Ctrl-C twice: KeyboardInterrupt."
     def __init__(self,
         grace:float|None=GRACE_SECONDS, # until an unanswered signal is repeated; None: never
     ):

@@ -43,7 +43,7 @@ def megabytes(
 )->int:
     "An amount of memory in megabytes. Raises `ConfigError` for what Slurm would not take."
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(memory).strip().upper())
-    if not found: raise ConfigError(f"memory '{memory}': allowed are megabytes or a number with K, M, G or T, such as 4G")
+    if not found: raise ConfigError(f"memory '{memory}': allowed are megabytes, or a number with K, M, G or T: 4G")
     return -int(-float(found[1])*UNITS[found[2] or "M"]//1)
 
 # %% ../../nbs/jobs/03_cluster.ipynb #fd34f94d
@@ -96,13 +96,15 @@ def slurm(
     "Run a command of Slurm. Raises `RunError` in one line where it is missing, silent or refuses."
     program = command[0]
     if not shutil.which(program):
-        raise RunError(f"{program} is not installed here: run on a login node of the cluster, or add --local to run without")
+        raise RunError(f"{program} is not installed here: go to a login node of the cluster, or add --local")
     try:
         done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired: raise RunError(f"{program} did not answer within {seconds} s: is slurmctld up?") from None
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{program} did not answer within {seconds} s: is slurmctld up?") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise RunError(f"{program} refused: {re.sub('^[a-z]+: (error: )?', '', lines[-1]) if lines else 'no reason given'}")
+        why = re.sub("^[a-z]+: (error: )?", "", lines[-1]) if lines else "no reason given"
+        raise RunError(f"{program} refused: {why}")
     return done.stdout
 
 def slurm_answers()->bool:
@@ -214,8 +216,8 @@ def misfits(
     what, found = f"a node of partition {p.name}", []
     if not p.up: found.append(f"partition {p.name} is down: choose another with --partition")
     if p.time_limit is not None and request.time > p.time_limit:
-        found.append(f"{request.time} minutes asked for, partition {p.name} allows {p.time_limit}: lower --time or choose"
-                     " another partition")
+        found.append(f"{request.time} minutes asked for, partition {p.name} allows {p.time_limit}: lower --time or"
+                     " choose another partition")
     if not p.nodes: return found
     for name, field, unit in (("cpus", "cpus", "cores"), ("memory", "memory_mb", "MB"), ("gpus", "gpus", "GPUs")):
         asked, most = getattr(request, name), max(getattr(n, field) for n in p.nodes)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PENDING', 'GONE', 'WORDS', 'ORDER', 'ENDINGS', 'Told', 'without_tags', 'told_by', 'asked_squeue', 'asked_sacct',
            'JobState', 'last_line', 'judge', 'entries', 'alive', 'states', 'judge_local', 'status_text', 'watch',
-           'flat', 'records', 'collect', 'cancel']
+           'cell_of', 'columns', 'flat', 'records', 'collect', 'cancel']
 
 # %% ../../nbs/jobs/08_status.ipynb #2736971b
-import os, re, signal, time
+import html, io, json, os, re, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
+import nbformat, psutil
 from papermill.execute import ERROR_MARKER_TAG
 
-from ..base.core import IteraLiteError, RunError, portable_path, project_path, runs_dir, unknown, write_atomic
+from ..base.core import RunError, portable_path, project_path, runs_dir, unknown, write_atomic
 from ..base.record import Record
 from ..base.show import text_table
 from .cluster import slurm
@@ -32,7 +32,8 @@ class Told:
     cells: int = 0
     cause: str = "" # of a failure
 
-def without_tags(text:str)->str: return re.sub(r"<[^>]+>", "", text).replace("&lt;", "<").replace("&#96;", "`").replace("&amp;", "&")
+def without_tags(text:str)->str: return html.unescape(re.sub(r"<[^>]+>", "", text))
+
 
 def told_by(
     folder:Path, # of one notebook's run
@@ -42,10 +43,12 @@ def told_by(
     try: nb = nbformat.read(report, 4)
     except OSError: return Told("absent")
     except (ValueError, nbformat.reader.NotJSONError): return Told("failed", cause="report.ipynb cannot be read")
-    if ended_well(report): return Told("done") if (folder/"metrics.json").exists() else Told("failed", cause="it left no record")
-    marks = [c for c in nb.cells if ERROR_MARKER_TAG in c.metadata.get("tags", [])]
+    if ended_well(report):
+        return Told("done") if (folder/"metrics.json").exists() else Told("failed", cause="it left no record")
+    def tags(c): return c.metadata.get("tags", [])
+    marks = [c for c in nb.cells if ERROR_MARKER_TAG in tags(c)]
     failed = next((without_tags(c.source) for c in marks if "This notebook failed" in c.source), "")
-    own = [c for c in nb.cells if ERROR_MARKER_TAG not in c.metadata.get("tags", []) and "injected-parameters" not in c.metadata.get("tags", [])]
+    own = [c for c in nb.cells if not {ERROR_MARKER_TAG, "injected-parameters"} & set(tags(c))]
     states = [c.metadata.get("papermill", {}).get("status") for c in own]
     cell = next((i for i, state in enumerate(states, 1) if state in ("running", "failed")), 0)
     if failed: return Told("failed", cell, len(own), failed.removeprefix("This notebook failed ").strip())
@@ -57,7 +60,8 @@ def asked_squeue(
 )->dict: # job, or job_task → state, reason, node, time left
     "Jobs that wait, run, or ended a short while ago; one question for all."
     if not ids: return {}
-    try: text = slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%N|%L")
+    words = ("--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%N|%L")
+    try: text = slurm("squeue", *words)
     except RunError as e:
         if "Invalid job id" in str(e): return {} # none of them is known any more
         raise
@@ -69,7 +73,8 @@ def asked_sacct(
 )->dict: # job, or job_task → state, exit code; {} where accounting is off or forbidden
     "Jobs that have ended, where accounting is on."
     if not ids: return {}
-    try: text = slurm("sacct", "--noheader", "--parsable2", "--allocations", "--array", f"--jobs={','.join(ids)}", "--format=JobID,State,ExitCode")
+    words = ("--noheader", "--parsable2", "--allocations", "--array", f"--jobs={','.join(ids)}")
+    try: text = slurm("sacct", *words, "--format=JobID,State,ExitCode")
     except RunError: return {}
     rows = (line.split("|") for line in text.splitlines() if line.strip())
     return {job: dict(state=state.split()[0], exit=code) for job, state, code in rows}
@@ -88,6 +93,7 @@ PENDING, GONE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"), ("CANCELLE
 WORDS = {"TIMEOUT": "its time ended", "OUT_OF_MEMORY": "it was killed: out of memory", "NODE_FAIL": "its node failed",
          "PREEMPTED": "it was preempted", "BOOT_FAIL": "its node did not start"}
 
+# %% ../../nbs/jobs/08_status.ipynb #0d55ecdf
 def last_line(
     log:Path,
 )->str:
@@ -112,7 +118,8 @@ def judge(
     if ended in GONE: return "cancelled", ""
     if told.state == "failed": return "failed", told.cause
     if ended in WORDS: return "failed", f"{WORDS[ended]}; {last_line(log)}"
-    if told.state == "running": return "failed", f"it ended in cell {told.cell} of {told.cells} without a word; {last_line(log)}"
+    if told.state == "running":
+        return "failed", f"it ended in cell {told.cell} of {told.cells} without a word; {last_line(log)}"
     if ended or last_line(log): return "failed", last_line(log) or f"Slurm says {ended}"
     return "absent", "neither Slurm nor the folder knows of it"
 
@@ -123,7 +130,6 @@ def entries(
     "What a submission consists of, tasks one by one."
     run, found, keys = runs_dir()/s.run, [], []
     if s.points:
-        import json
         keys = json.loads(project_path(s.points).read_text(encoding="utf-8"))["keys"]
     for job in s.jobs:
         local = job.job_id.startswith("local")
@@ -138,7 +144,7 @@ def entries(
 
 def alive(pid:int|None)->bool:
     "Whether the local queue that a submission names still runs."
-    return pid is not None and Path(f"/proc/{pid}/cmdline").exists() and b"submit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return pid is not None and psutil.pid_exists(pid) and "submit" in psutil.Process(pid).cmdline()
 
 # %% ../../nbs/jobs/08_status.ipynb #5e364f49
 def states(
@@ -165,7 +171,9 @@ def states(
 def judge_local(s:Submission, told:Told, log:Path)->tuple[str, str]:
     "What became of a job of the local queue."
     if told.state in ("done", "failed"): return told.state, told.cause
-    if not alive(s.pid): return ("failed", last_line(log)) if told.state == "running" or log.exists() else ("absent", "the local queue ended before it")
+    if not alive(s.pid):
+        begun = told.state == "running" or log.exists()
+        return ("failed", last_line(log)) if begun else ("absent", "the local queue ended before it")
     return ("running", f"cell {told.cell} of {told.cells}") if told.state == "running" else ("pending", "")
 
 # %% ../../nbs/jobs/08_status.ipynb #36fd8005
@@ -197,20 +205,24 @@ def watch(
         time.sleep(seconds)
 
 # %% ../../nbs/jobs/08_status.ipynb #90b07809
+def cell_of(value): return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+def columns(value, name:str)->dict: # name of a column → value
+    "Nested values side by side."
+    if not isinstance(value, dict): return {name: cell_of(value)}
+    return {k: v for key, inner in value.items() for k, v in columns(inner, f"{name}.{key}").items()}
+
 def flat(
     record:Record,
     point:str="", # key of a sweep's point
 )->list[dict]: # a row for each of its results
     "A record as rows of a table: run, parameters and results side by side."
     run = record.run
-    head = dict(notebook=record.notebook, point=point, run_id=run.id, started=run.started.isoformat(), seconds=run.seconds,
-                preset=run.preset, seed=run.seed, job_id=run.job_id, git_sha=run.git_sha, headline=record.headline)
-    given = {f"parameter.{k}": v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in run.parameters.items()}
-    def columns(value, name):
-        if isinstance(value, dict): return {k: v for key, inner in value.items() for k, v in columns(inner, f"{name}.{key}").items()}
-        return {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value)}
-    rows = [{k: v for key, value in r.model_dump(mode="json").items() for k, v in columns(value, f"result.{key}").items()}
-            for r in record.results]
+    head = dict(notebook=record.notebook, point=point, run_id=run.id, started=run.started.isoformat(),
+                seconds=run.seconds, preset=run.preset, seed=run.seed, job_id=run.job_id, git_sha=run.git_sha,
+                headline=record.headline)
+    given = {f"parameter.{k}": cell_of(v) for k, v in run.parameters.items()}
+    rows = [columns(r.model_dump(mode="json"), "result") for r in record.results]
     return [{**head, **given, **row} for row in (rows or [{}])]
 
 def records(
@@ -218,7 +230,8 @@ def records(
 )->list[tuple[Path, Record]]: # folder of the notebook, record
     "Every record of a run, points of sweeps too. Raises `RunError` where there is none."
     folders = sorted({f.parent for f in [*run.glob("*/metrics.json"), *run.glob("points/*/*/metrics.json")]})
-    if not folders: raise RunError(f"{portable_path(run)} has no records yet: `itera-lite status {run.name}` says what became of its jobs")
+    if not folders:
+        raise RunError(f"{portable_path(run)} has no records yet: `itera-lite status {run.name}` says why")
     return [(folder, Record.read(folder)) for folder in folders]
 
 # %% ../../nbs/jobs/08_status.ipynb #cb7719ce
@@ -229,7 +242,7 @@ def collect(
     out=None, # .csv or .parquet; None: records.csv in the run's folder
 )->tuple[Path, int]: # file, rows
     "Write all records of a run as one table. Raises `RunError`."
-    import pandas
+    import pandas # slow to import
     path = Path(out) if out else run/"records.csv"
     if path.suffix not in ENDINGS: raise unknown("ending of a table", path.suffix, ENDINGS, error=RunError)
     rows = [row for folder, record in records(run)
@@ -237,7 +250,6 @@ def collect(
     table = pandas.DataFrame(rows)
     if path.suffix == ".csv": write_atomic(path, table.to_csv(index=False))
     else:
-        import io
         held = io.BytesIO()
         table.to_parquet(held, index=False)
         write_atomic(path, held.getvalue())

@@ -9,23 +9,22 @@ __all__ = ['CODE', 'SNAPSHOTS', 'JOBS', 'REPORT', 'SCRIPT', 'NOT_STARTED', 'git'
            'with_arrays', 'submit', 'Local', 'start', 'ready', 'run_queue', 'look', 'judged']
 
 # %% ../../nbs/jobs/07_submit.ipynb #4b774030
-import os, re, signal, subprocess, sys, threading, time
+import os, re, subprocess, sys, threading, time
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from itera_lite.base.core import (
-    ConfigError, RunError, Strict, cache_dir, first_problem, portable_path, portable_value, project_path, project_root,
+    ConfigError, RunError, Strict, cache_dir, first_problem, portable_path, project_path, project_root,
     runs_dir, to_json, writable_folder, write_atomic,
 )
-from ..base.parameters import literal
 from ..base.system import locked, on_stop
 from .cluster import Request, misfits, partitions, resources, slurm
 from .line import Line
-from .notebooks import TRAINING, Step, default_notebooks, ended_well, notebook_path, plan, say
-from .sweeps import Sweep, array_pieces, points_of, read_sweep
+from .notebooks import TRAINING, Step, default_notebooks, ended_well, plan, say
+from .sweeps import array_pieces, points_of, read_sweep
 from .worker import point_folder, point_key
 
 # %% ../../nbs/jobs/07_submit.ipynb #0091b238
@@ -75,7 +74,8 @@ def snapshot(
             git("worktree", "prune")
             git("worktree", "add", "--force", "--detach", tree, commit)
         if strange := git("status", "--porcelain", "--", *CODE, root=tree).strip():
-            raise RunError(f"{portable_path(tree)} was changed by hand ({strange.splitlines()[0][3:]}): remove that folder")
+            first = strange.splitlines()[0].split()[-1]
+            raise RunError(f"{portable_path(tree)} was changed by hand ({first}): remove that folder")
         link(tree/".venv", Path(sys.prefix))
         link(tree/"papermill_runs"/".cache", cache_dir())
         link(tree/"papermill_runs"/run.name, run)
@@ -107,6 +107,7 @@ class Submission(Strict):
     jobs: list[Job] = []
     cancelled: bool = False # by `cancel`
 
+# %% ../../nbs/jobs/07_submit.ipynb #a6e70db3
 JOBS = "jobs" # folder of a run with a file for each submission
 
 def submissions(
@@ -156,14 +157,16 @@ def sbatch_words(
 )->list[str]:
     "The command that queues a job."
     r, log = job.request, runs_dir()/s.run/JOBS/("%x-%A_%a.log" if job.tasks else "%x-%j.log")
-    words = ["sbatch", "--parsable", f"--job-name={job.notebook}", f"--comment=itera-lite run {s.run}, preset {s.preset}",
-             f"--output={log}", f"--time={r.time}", f"--mem={r.memory}M", f"--cpus-per-task={r.cpus}"]
+    words = ["sbatch", "--parsable", f"--job-name={job.notebook}", f"--output={log}",
+             f"--comment=itera-lite run {s.run}, preset {s.preset}", f"--time={r.time}", f"--mem={r.memory}M",
+             f"--cpus-per-task={r.cpus}"]
     if r.nodes > 1: words += [f"--nodes={r.nodes}", "--ntasks-per-node=1"]
     if r.gpus: words.append(f"--gres=gpu:{r.gpus}")
     if r.partition: words.append(f"--partition={r.partition}")
     if job.tasks: words.append(f"--array=0-{job.tasks - 1}" + (f"%{s.at_once}" if s.at_once else ""))
     ids = [other.job_id for other in s.jobs if other.notebook in job.after and other.job_id]
-    held = ([f"afterok:{':'.join(ids)}"] if ids else []) + ([after if ":" in after else f"afterok:{after}"] if after else [])
+    held = [f"afterok:{':'.join(ids)}"] if ids else []
+    if after: held.append(after if ":" in after else f"afterok:{after}")
     if held: words += [f"--dependency={','.join(held)}", "--kill-on-invalid-dep=yes"]
     return [*words, SCRIPT, *worker_arguments(job, s)]
 
@@ -185,8 +188,9 @@ def run_name(
 )->str:
     "The name of a run. Raises `ConfigError` for one that is no folder's name."
     if re.fullmatch(r"[\w][\w.+-]*", name) and name not in (JOBS,): return name
-    raise ConfigError(f"run '{name}': allowed are letters, digits, and . _ + - between them; it is the name of a folder")
+    raise ConfigError(f"run '{name}': allowed is the name of a folder: letters, digits, and . _ + - between them")
 
+# %% ../../nbs/jobs/07_submit.ipynb #6c189f7a
 def planned(
     wanted:Wanted,
 )->tuple[Submission, list[dict], list[Step]]: # without jobs' numbers; points of a sweep; steps of a chain
@@ -203,8 +207,9 @@ def planned(
         names = wanted.notebooks or default_notebooks(preset)
         steps = plan(preset, names, run, wanted.parameters, wanted.data_dir, here=False)
         names = [step.notebook for step in steps if not step.record]
-    jobs = [Job(notebook=n, request=resources(n, preset, **wanted.overrides), after=prerequisites(n, names)) for n in names]
-    return Submission(run=name, preset=preset, commit=None, tree=".", submitted=datetime.now(timezone.utc), queue="",
+    asked = {n: resources(n, preset, **wanted.overrides) for n in names}
+    jobs = [Job(notebook=n, request=asked[n], after=prerequisites(n, names)) for n in names]
+    return Submission(run=name, preset=preset, commit=None, tree=".", submitted=datetime.now(UTC), queue="",
                       data_dir=wanted.data_dir and str(Path(wanted.data_dir).expanduser().resolve()),
                       parameters=wanted.parameters if not spec else {}, at_once=spec.at_once if spec else 0,
                       jobs=jobs), points, steps
@@ -226,8 +231,8 @@ def write_points(
     "Write down a sweep's points, once for each submission: a job reads its own by number."
     notebook = s.jobs[0].notebook
     keys = [point_key(notebook, s.preset, p) for p in points]
-    path = runs_dir()/s.run/JOBS/f"{stamp(s)}-points.json"
-    return portable_path(write_atomic(path, to_json(dict(notebook=notebook, preset=s.preset, keys=keys, points=points))))
+    told = dict(notebook=notebook, preset=s.preset, keys=keys, points=points)
+    return portable_path(write_atomic(runs_dir()/s.run/JOBS/f"{stamp(s)}-points.json", to_json(told)))
 
 # %% ../../nbs/jobs/07_submit.ipynb #88b02cf9
 def limit_of_arrays()->int:
@@ -268,7 +273,8 @@ def with_arrays(
 )->list[Job]:
     "A sweep's job as one array or several."
     (job,) = s.jobs
-    return [job.model_copy(update=dict(first=first, tasks=tasks)) for first, tasks in array_pieces(len(points), largest)]
+    pieces = array_pieces(len(points), largest)
+    return [job.model_copy(update=dict(first=first, tasks=tasks)) for first, tasks in pieces]
 
 def submit(
     wanted:Wanted,
@@ -310,7 +316,8 @@ class Local:
     status: int|None = None # None: not ended
 
     @property
-    def name(self)->str: return self.job.notebook if self.task is None else f"{self.job.notebook} {self.job.first + self.task}"
+    def name(self)->str:
+        return self.job.notebook + ("" if self.task is None else f" {self.job.first + self.task}")
 
 def start(
     entry:Local,
@@ -320,7 +327,8 @@ def start(
     tree = project_path(s.tree)
     number = "" if entry.task is None else f"-{entry.job.first + entry.task}"
     log = runs_dir()/s.run/JOBS/f"{entry.job.notebook}-local{number}.log"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")])), "ITERA_LITE_ROOT": str(tree),
+    places = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": places, "ITERA_LITE_ROOT": str(tree),
            "OMP_NUM_THREADS": str(entry.job.request.cpus), "ITERA_LITE_NODES": str(entry.job.request.nodes)}
     if entry.task is not None: env["ITERA_LITE_TASK"] = str(entry.task)
     with open(log, "ab") as out:

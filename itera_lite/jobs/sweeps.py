@@ -8,8 +8,6 @@ __all__ = ['SCALES', 'MOST_POINTS', 'scale_of', 'at', 'values_of', 'drawn', 'Swe
 
 # %% ../../nbs/jobs/06_sweeps.ipynb #e974b5dd
 import itertools, math, random
-from pathlib import Path
-
 import yaml
 from pydantic import Field, ValidationError
 
@@ -29,14 +27,16 @@ def scale_of(
     words = [word for word in given if word in SCALES]
     for word in given:
         if word not in (*SCALES, "n"): raise unknown(f"word of the range of {name}", word, (*SCALES, "n"))
-    if len(words) != 1: raise ConfigError(f"range of {name}: give one of {' and '.join(SCALES)}, such as {{log: [1e-4, 1e-2], n: 8}}")
+    if len(words) != 1:
+        raise ConfigError(f"range of {name}: give one of {' and '.join(SCALES)}, such as {{log: [1e-4, 1e-2], n: 8}}")
     ends = [literal(end) if isinstance(end, str) else end for end in given[words[0]]] # YAML takes 1e-4 for text
     numbers = len(ends) == 2 and all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
     if not numbers or ends[0] >= ends[1] or words[0] == "log" and ends[0] <= 0:
         raise ConfigError(f"range of {name}: {words[0]} needs two numbers, the smaller first"
                           f"{', above 0' if words[0] == 'log' else ''}, got {given[words[0]]}")
     n = given.get("n")
-    if n is not None and (type(n) is not int or n < 2): raise ConfigError(f"range of {name}: n is {n!r}, allowed from 2 on")
+    if n is not None and (type(n) is not int or n < 2):
+        raise ConfigError(f"range of {name}: n is {n!r}, allowed from 2 on")
     return words[0], *ends, n
 
 def at(
@@ -57,7 +57,7 @@ def values_of(
     if isinstance(given, list) and given: return given
     if not isinstance(given, dict): raise ConfigError(f"sweep of {name} is {given!r}: give a list of values or a range")
     scale, low, high, n = scale_of(name, given)
-    if n is None: raise ConfigError(f"range of {name} has no n: say how many values a grid takes, or give draws: a number")
+    if n is None: raise ConfigError(f"range of {name} has no n: say how many values a grid takes, or give draws:")
     return list(dict.fromkeys(at(scale, low, high, i/(n - 1)) for i in range(n)))
 
 def drawn(
@@ -102,7 +102,8 @@ def points_of(
     "The points of a sweep. Raises `ConfigError`."
     if bool(spec.points) == bool(spec.sweep): raise ConfigError("a sweep file has either sweep: or points:")
     if (n := count_points(spec)) > MOST_POINTS:
-        raise ConfigError(f"the sweep has {n:,} points, allowed are {MOST_POINTS:,}: draw some of them (draws: 200), or list fewer values")
+        raise ConfigError(f"the sweep has {n:,} points, allowed are {MOST_POINTS:,}: draw some of them (draws: 200), or"
+                          " list fewer values")
     if spec.points: found = spec.points
     elif spec.draws:
         rng = random.Random(spec.seed)
@@ -121,7 +122,8 @@ def read_sweep(
     source = portable_path(path)
     try: given = yaml.safe_load(project_path(path).read_text(encoding="utf-8"))
     except OSError as e: raise ConfigError(f"sweep {source}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"sweep {source} is not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"sweep {source} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(given, dict): raise ConfigError(f"sweep {source} must hold notebook: and sweep: or points:")
     for word in given:
         if word not in Sweep.model_fields: raise unknown(f"word in {source}", word, Sweep.model_fields)

@@ -43,9 +43,10 @@ def read_points(
     index:int, # of one of them
 )->dict: # parameters
     "One point of a submitted sweep. Raises `RunError` where the file does not have it."
+    place = portable_path(path)
     try: points = json.loads(Path(path).read_text(encoding="utf-8"))["points"]
-    except (OSError, ValueError, KeyError) as e: raise RunError(f"{portable_path(path)} is no list of points: {e}") from None
-    if not 0 <= index < len(points): raise RunError(f"{portable_path(path)} has {len(points)} points, none numbered {index}")
+    except (OSError, ValueError, KeyError) as e: raise RunError(f"{place} is no list of points: {e}") from None
+    if not 0 <= index < len(points): raise RunError(f"{place} has {len(points)} points, none numbered {index}")
     return points[index]
 
 # %% ../../nbs/jobs/04_worker.ipynb #d5d7e0ca
@@ -140,7 +141,7 @@ def work(
 )->Path: # folder of the run
     "Run what a job was submitted for. Raises what the runner raises."
     name = args.run or f"job-{os.environ.get('SLURM_JOB_ID') or 'local'}"
-    if name != Path(name).name: raise ConfigError(f"run '{name}': allowed is the name of one folder below papermill_runs")
+    if name != Path(name).name: raise ConfigError(f"run '{name}': allowed is the name of a folder below papermill_runs")
     folder, parameters = runs_dir()/name, {n: literal(v) for n, v in args.parameter}
     if args.points:
         task = os.environ.get("SLURM_ARRAY_TASK_ID") or os.environ.get("ITERA_LITE_TASK") or "0"

@@ -22,7 +22,7 @@ def shard(
     precision:str="fp32", # or bf16
 )->None: # in place
     "Share a model's weights out among processes. Raises `ConfigError` for one process, or fp16."
-    if processes < 2: raise ConfigError("sharding is for several processes: start it with torchrun, or set sharding to False")
+    if processes < 2: raise ConfigError("sharding is for several processes: use torchrun, or set sharding to False")
     if precision == "fp16": raise ConfigError("sharding with precision 'fp16' is not supported: use 'bf16' or 'fp32'")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else (
         MixedPrecisionPolicy())

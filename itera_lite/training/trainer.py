@@ -363,9 +363,8 @@ def load_moments(self:Trainer, tensors:dict)->None:
     "Give the optimizer back its state, as `optimizer_tensors` named it."
     for group in self.optimizer.param_groups:
         for name, p in zip(group["names"], group["params"]):
-            moments = {
-                key: share(tensors[f"{name}.{key}"], p) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors
-            }
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+            moments = {key: share(tensors[f"{name}.{key}"], p) for key in keys}
             if moments: self.optimizer.state[p] = moments
 
 # %% ../../nbs/training/05_trainer.ipynb #6d406340
