@@ -37,7 +37,7 @@ FLOORS = (  # a room imports from folders on floors before its own, and from low
 )
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 MAX_CELLS, MAX_EXPORTED_LINES, MAX_WIDTH = 60, 40, 120
-MAX_FILE_BYTES, MAX_PUBLISHED_BYTES = 2_500_000, 25_000_000
+MAX_FILE_BYTES, MAX_PUBLISHED_BYTES = 2_500_000, 40_000_000
 
 
 def room(path):

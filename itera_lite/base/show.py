@@ -152,7 +152,7 @@ def refusal(
 
 # %% ../../nbs/base/04_show.ipynb #eed5593e
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07D00", "#3A9BD9", "#7A6FB0", "#7F7F7F")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "pentagon", "hourglass")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "pentagon", "hexagon2")
 
 def figure(title:str, x:str, y:str, **layout)->go.Figure:
     "An empty figure in the report's look; `x` and `y` are axis titles with units, `layout` is plotly's."

@@ -2,7 +2,7 @@ addEventListener("DOMContentLoaded", () => {
   const NARROW = 560; // pixels of a figure
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const MARKS = {circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", x: "✕", star: "★", pentagon: "⬟", hourglass: "⧗"};
+  const MARKS = {circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", x: "✕", star: "★", pentagon: "⬟", hexagon2: "⬢"};
 
   // A long label takes several lines, so that the plot keeps its width on a phone.
   function wrapped(label, most = 17) {
