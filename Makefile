@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@if [ -f $(READY) ] && [ "$$(cat $(READY))" != "$(CURDIR)" ]; then $(PYTHON) -m venv --clear $(VENV); \
 	elif ! $(BIN)/python -m pip --version >/dev/null 2>&1; then $(PYTHON) -m venv --clear $(VENV); fi
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,bench,peers,figures,hf]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,bench,peers,figures,hf,jobs]'
 	@echo "$(CURDIR)" > $(READY)
 
 run: $(READY)  ## train, compress, measure and report: PRESET=smoke|laptop|gpu DATA=folder with the corpora

@@ -368,3 +368,29 @@ def test_a_node_that_dies_leaves_a_failure_and_a_checkpoint(clone):
     command(clone, "submit", *words)  # on one node, from the checkpoint
     assert until(clone, "dies", ended, 300)["03_training"][0] == "done"
     assert curve(clone, "dies")[1]["parameters"]["max_tokens"] == 400_000
+
+
+LAUNCH = """
+import sys, time
+from itera_lite.jobs.executor import launch, watch_live
+launched = launch(sys.argv[1], run=sys.argv[2], local=sys.argv[2] == "here", time=5, memory="1G")
+table = watch_live(launched, seconds=0.5)
+while not launched.over(): time.sleep(0.5)
+time.sleep(2)
+print(table.value)
+print([state for _, state, _ in launched.rows()])
+"""
+
+
+@pytest.mark.parametrize("run", ["here", "queued"])
+def test_a_sweep_launched_from_python_runs_here_and_on_slurm(repository, run):
+    pytest.importorskip("submitit")
+    sweep = repository / "seeds.yaml"
+    sweep.write_text("notebook: 03_training\npoints: [{x: 1.0}, {x: 2.0}, {fail: true}]\n")
+    environment = {**os.environ, "ITERA_LITE_ROOT": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, str(sweep), run], cwd=repository, env=environment, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "['done', 'done', 'failed']", done.stdout + done.stderr
+    assert "told to fail" in done.stdout
