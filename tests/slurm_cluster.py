@@ -21,7 +21,6 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 FOLDER = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local/state")) / "itera-lite-slurm"
-PORT = 16917  # of the controller; nodes follow
 
 
 def missing():
@@ -32,10 +31,20 @@ def missing():
     return "" if os.geteuid() == 0 else "Slurm's daemons need root"
 
 
+def free_ports(count):
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
 def configuration(folder, nodes, cpus, memory, gpus, limits):
+    port, *node_ports = free_ports(nodes + 1)
     host = socket.gethostname().split(".")[0]
     lines = [
-        "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={PORT}", "SlurmUser=root",
+        "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={port}", "SlurmUser=root",
         "SlurmdUser=root", "AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
         f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool/%n",
         f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/slurmd-%n.pid",
@@ -52,7 +61,7 @@ def configuration(folder, nodes, cpus, memory, gpus, limits):
     for i in range(1, nodes + 1):
         gres = f" Gres=gpu:{gpus}" if gpus else ""
         lines.append(
-            f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={PORT + i} CPUs={cpus} RealMemory={memory}"
+            f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports[i - 1]} CPUs={cpus} RealMemory={memory}"
             f"{gres} State=UNKNOWN"
         )
     lines += [
