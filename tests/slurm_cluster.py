@@ -61,8 +61,8 @@ def configuration(folder, nodes, cpus, memory, gpus, limits):
     for i in range(1, nodes + 1):
         gres = f" Gres=gpu:{gpus}" if gpus else ""
         lines.append(
-            f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports[i - 1]} CPUs={cpus} RealMemory={memory}"
-            f"{gres} State=UNKNOWN"
+            f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports[i - 1]} CPUs={cpus}"
+            f" RealMemory={memory}{gres} State=UNKNOWN"
         )
     lines += [
         "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",

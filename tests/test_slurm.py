@@ -389,7 +389,8 @@ def test_a_sweep_launched_from_python_runs_here_and_on_slurm(repository, run):
     sweep.write_text("notebook: 03_training\npoints: [{x: 1.0}, {x: 2.0}, {fail: true}]\n")
     environment = {**os.environ, "ITERA_LITE_ROOT": str(repository)}
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCH, str(sweep), run], cwd=repository, env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", LAUNCH, str(sweep), run], cwd=repository, env=environment, capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "['done', 'done', 'failed']", done.stdout + done.stderr
