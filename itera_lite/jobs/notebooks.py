@@ -197,7 +197,7 @@ PIPELINE = { # in order, with the smallest preset that includes it
     TRAINING: "smoke", "04_evaluation": "smoke", "04a_comparison": "laptop", "05_quantization": "smoke",
     "05a_peers": "laptop", "05b_qat": "laptop", "05c_activations": "laptop", "06_pruning": "laptop",
     "07_mixed_precision": "smoke", "08a_vocabulary": "laptop", "08b_distillation": "laptop", "08d_advice": "laptop",
-    "09_export": "laptop", "10_cpu_validation": "laptop",
+    "09_export": "laptop", "10_cpu_validation": "laptop", "13_jobs": "laptop",
 }
 
 def default_notebooks(
