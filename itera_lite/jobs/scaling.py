@@ -20,6 +20,7 @@ LINKS = ( # nominal rates; latencies as their vendors' benchmarks give them
     Link("1 Gbit Ethernet", 1e9/8, 50e-6), Link("10 Gbit Ethernet", 10e9/8, 20e-6),
     Link("100 Gbit Ethernet", 100e9/8, 10e-6), Link("InfiniBand HDR, 200 Gbit", 200e9/8, 2e-6))
 
+# %% ../../nbs/jobs/10_scaling.ipynb #e8c2bb5b
 def communication_seconds(
     nodes:int,
     gradient_bytes:int,
